@@ -1,0 +1,1 @@
+"""HOW a run is run: command line, configuration, data, DeepSpeed, checkpoints, evaluation, report."""

@@ -1,0 +1,1 @@
+"""From image-caption files to batches: prepare, the .beton format, the loader, the augmentations."""

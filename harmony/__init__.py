@@ -1,0 +1,1 @@
+"""WHAT is learned: the method as plain PyTorch modules. No files, no processes, no DeepSpeed."""

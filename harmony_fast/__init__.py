@@ -1,0 +1,3 @@
+"""harmony-fast: a low-resource, fast training engine for Harmony."""
+
+__version__ = "0.1.0"
