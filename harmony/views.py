@@ -1,4 +1,4 @@
-"""The views of a sample: crop geometry, block masks (iBOT), pixel masks (MAE) and caption masks (MLM).
+"""The named views of a sample, and how they are drawn: crops, block masks (iBOT), pixel masks (MAE), caption masks.
 
 Letters in shapes: B samples, G global crops, N local crops, P patches of a global crop, S = sqrt(P) patches per side,
 C context length in tokens. Every draw is a pure function of a per-sample key (see `randomness`).
@@ -7,15 +7,49 @@ C context length in tokens. Every draw is a pure function of a per-sample key (s
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, fields
+from enum import Enum
 
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from .config import Config, Fraction, Range
-from .randomness import split, uniform
+from .randomness import Purpose, sample_keys, split, uniform
 
 CROP_ATTEMPTS = 10
+BLOCK_ATTEMPTS = 10
+
+
+class View(str, Enum):
+    """What an objective can ask for. Image views come crop-major: features [crops, B, tokens, D]."""
+
+    GLOBAL_PLAIN = "global.plain"
+    """The whole global crop: class token and P patches."""
+    GLOBAL_MASKED = "global.masked"
+    """The global crop with a mask token in place of the patches of the block mask."""
+    GLOBAL_VISIBLE = "global.visible"
+    """Class token and the patches that the pixel mask leaves, without mask tokens."""
+    LOCAL = "local"
+    """The local crops."""
+    CAPTION = "caption"
+    """The caption at its real length, start and end ids included."""
+    CAPTION_MASKED = "caption.masked"
+    """The caption with the mask id in place of some words."""
+
+    @property
+    def is_image(self) -> bool:
+        """Whether the image encoder makes it."""
+        return not self.value.startswith("caption")
+
+
+Request = dict[View, int]
+"""Which views, and for image views of how many crops (the first ones)."""
+
+
+def union(requests: list[Request]) -> Request:
+    """The smallest request that serves all."""
+    return {view: max(r.get(view, 0) for r in requests) for view in View if any(r.get(view, 0) for r in requests)}
 
 
 class ViewsConfig(Config):
@@ -35,6 +69,16 @@ class ViewsConfig(Config):
     """Share of the image's area a local crop covers."""
     aspect: Range = (3 / 4, 4 / 3)
     """Width / height of a crop before it is resized to a square, drawn log-uniformly."""
+    block_ratios: tuple[float, ...] = (0.0, 0.3)
+    """Shares of patches that the block mask hides; each crop draws one of them (iBOT's "predicted ratio")."""
+    block_ratio_spreads: tuple[float, ...] = (0.0, 0.2)
+    """Uniform spread (+-) around each of `block_ratios`."""
+    block_aspect: float = Field(0.3, gt=0, le=1)
+    """Smallest aspect ratio of a block; the largest is its inverse."""
+    pixel_mask_ratio: Fraction = 0.75
+    """Share of patches removed for the reconstruction (MAE)."""
+    caption_mask_ratio: Fraction = 0.2
+    """Probability of a word to be replaced by the mask id; start, end and padding never are."""
 
 
 def crop_boxes(keys: Tensor, height: Tensor, width: Tensor, count: int, scale: Range, aspect: Range) -> Tensor:
@@ -64,3 +108,174 @@ def crop_boxes(keys: Tensor, height: Tensor, width: Tensor, count: int, scale: R
     h = torch.where(wide / high < aspect[0], torch.floor(wide / aspect[0] + 0.5), high)
     centred = torch.stack([torch.floor((high - h) / 2), torch.floor((wide - w) / 2), h, w], -1)  # [B, 1, 4]
     return torch.where(fits.any(-1)[..., None], chosen, centred).long()
+
+
+def block_masks(
+    keys: Tensor, side: int, ratios: tuple[float, ...], spreads: tuple[float, ...], aspect: float = 0.3
+) -> Tensor:
+    """Block-wise masks over a side x side grid of patches (BEiT, algorithm 1, as iBOT uses it).
+
+    Each key draws one of `ratios` (+- its spread), then rectangles of random area and aspect ratio are added until
+    that share is reached or ten rectangles in a row do not fit. All keys advance together: attempt t of a key uses
+    its own numbers, so a mask does not depend on the others in the batch.
+
+    keys: int64 [...]. Returns bool [..., side * side], true = masked.
+    """
+    shape, flat = keys.shape, keys.reshape(-1)
+    start, rounds = split(flat, 2).unbind(-1)
+    u = uniform(start, 2)
+    choice = (u[:, 0] * len(ratios)).long()
+    low, spread = torch.tensor(ratios)[choice], torch.tensor(spreads)[choice]
+    goal = ((low + spread * (2 * u[:, 1] - 1)) * side * side).long()
+
+    rows = torch.arange(side)
+    mask = torch.zeros(len(flat), side, side, dtype=torch.bool)
+    count = torch.zeros_like(goal)
+    failures = torch.zeros_like(goal)
+    smallest = float((side // 3) ** 2)
+    for attempt in range(BLOCK_ATTEMPTS * side * side):
+        active = (count < goal) & (failures < BLOCK_ATTEMPTS)
+        if not active.any():
+            break
+        u = uniform(rounds + attempt, 4)
+        area = smallest + u[:, 0] * ((goal - count) - smallest)
+        ratio = torch.exp((2 * u[:, 1] - 1) * math.log(1 / aspect))
+        area = area.clamp(min=0)
+        h, w = torch.sqrt(area * ratio).round().long(), torch.sqrt(area / ratio).round().long()
+        top = (u[:, 2] * (side - h + 1)).long()
+        left = (u[:, 3] * (side - w + 1)).long()
+        in_rows = (rows >= top[:, None]) & (rows < (top + h)[:, None])
+        in_columns = (rows >= left[:, None]) & (rows < (left + w)[:, None])
+        new = in_rows[:, :, None] & in_columns[:, None, :] & ~mask
+        gain = new.sum((1, 2))
+        accept = active & (h < side) & (w < side) & (gain > 0) & (gain <= goal - count)
+        mask |= new & accept[:, None, None]
+        count += torch.where(accept, gain, 0)
+        failures = torch.where(accept, 0, failures + 1)
+    return mask.reshape(*shape, side * side)
+
+
+def pixel_masks(keys: Tensor, patches: int, ratio: float) -> tuple[Tensor, Tensor]:
+    """Random patches to keep and to remove (MAE): the int(P (1 - ratio)) patches with the smallest noise are kept.
+
+    keys: int64 [...]. Returns int64 [..., kept] and int64 [..., removed], each in increasing order.
+    """
+    return split_by_noise(uniform(keys, patches), ratio)
+
+
+def split_by_noise(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """Indices of the int(P (1 - ratio)) smallest entries of noise [..., P], and of the others; both increasing."""
+    kept = int(noise.shape[-1] * (1 - ratio))
+    order = noise.argsort(dim=-1, stable=True)
+    return order[..., :kept].sort(-1).values, order[..., kept:].sort(-1).values
+
+
+def caption_lengths(tokens: Tensor) -> Tensor:
+    """Number of tokens up to and with the end id, which is the largest id: int64 [B, C] -> int64 [B]."""
+    return tokens.argmax(-1) + 1
+
+
+def caption_masks(keys: Tensor, lengths: Tensor, context: int, ratio: float) -> Tensor:
+    """Words to be masked, each with probability `ratio`; start, end and padding never are. Returns bool [B, C]."""
+    return words_only(uniform(keys, context) < ratio, lengths)
+
+
+def words_only(mask: Tensor, lengths: Tensor) -> Tensor:
+    """A mask [B, C] without the start id (position 0), the end id and the padding."""
+    position = torch.arange(mask.shape[1])
+    return mask & (position > 0) & (position < lengths[:, None] - 1)
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views of one micro-batch, ready for the encoders. Index tensors are made on the host: no device sync."""
+
+    global_crops: Tensor
+    """float32 [G, B, 3, H, W], normalised"""
+    local_crops: Tensor
+    """float32 [N, B, 3, h, w], normalised"""
+    tokens: Tensor
+    """int64 [B, C]: start id, words, end id, zeros"""
+    lengths: Tensor
+    """int64 [B], on the host: tokens of each caption, start and end ids included"""
+    block_mask: Tensor
+    """bool [G, B, P], true = replaced by the mask token"""
+    block_index: Tensor
+    """int64 [M]: places of the true entries in the flattened block_mask"""
+    kept: Tensor
+    """int64 [G, B, K]: patches the reconstruction sees"""
+    removed: Tensor
+    """int64 [G, B, P - K]: patches it must predict"""
+    caption_mask: Tensor
+    """bool [B, C], true = replaced by the mask id"""
+    caption_index: Tensor
+    """int64 [W]: places of the true entries in the flattened caption_mask"""
+    drop_keys: Tensor
+    """int64 [B]: random keys of stochastic depth"""
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in this micro-batch."""
+        return self.tokens.shape[0]
+
+    def to(self, device: torch.device) -> Views:
+        """A copy on `device` (lengths stay on the host)."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Views(**{n: t if n == "lengths" else t.to(device, non_blocking=True) for n, t in moved.items()})
+
+
+def assemble(
+    global_crops: Tensor,
+    local_crops: Tensor,
+    tokens: Tensor,
+    block_mask: Tensor,
+    kept: Tensor,
+    removed: Tensor,
+    caption_mask: Tensor,
+    drop_keys: Tensor,
+) -> Views:
+    """`Views` from crops and masks, with the index tensors derived. Masks and tokens must be on the host."""
+    return Views(
+        global_crops=global_crops,
+        local_crops=local_crops,
+        tokens=tokens,
+        lengths=caption_lengths(tokens),
+        block_mask=block_mask,
+        block_index=block_mask.flatten().nonzero().squeeze(1),
+        kept=kept,
+        removed=removed,
+        caption_mask=caption_mask,
+        caption_index=caption_mask.flatten().nonzero().squeeze(1),
+        drop_keys=drop_keys,
+    )
+
+
+def draw_views(
+    config: ViewsConfig,
+    patch_size: int,
+    global_crops: Tensor,
+    local_crops: Tensor,
+    tokens: Tensor,
+    index: Tensor,
+    seed: int,
+    epoch: int,
+) -> Views:
+    """Draw the masks of a micro-batch and put its views together.
+
+    global_crops: float32 [G, B, 3, H, W]; local_crops: float32 [N, B, 3, h, w]; tokens: int64 [B, C];
+    index: int64 [B], the samples' places in the data set. Tokens and index must be on the host.
+    """
+    side = config.global_size // patch_size
+
+    def keys(purpose: Purpose) -> Tensor:
+        return sample_keys(seed, epoch, index, purpose)
+
+    crops = config.global_crops
+    block = block_masks(
+        split(keys(Purpose.BLOCK_MASK), crops).T, side, config.block_ratios, config.block_ratio_spreads,
+        config.block_aspect,
+    )  # fmt: skip
+    kept, removed = pixel_masks(split(keys(Purpose.PIXEL_MASK), crops).T, side * side, config.pixel_mask_ratio)
+    lengths = caption_lengths(tokens)
+    words = caption_masks(keys(Purpose.CAPTION_MASK), lengths, tokens.shape[1], config.caption_mask_ratio)
+    return assemble(global_crops, local_crops, tokens, block, kept, removed, words, keys(Purpose.DROP_PATH))

@@ -1,0 +1,251 @@
+"""Vision transformer over packed views (Dosovitskiy et al. 2021), with timm's parameter names.
+
+Letters in shapes: V crops, B samples, P patches, p patch side in pixels, L tokens of a sequence, T packed tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from ..kernels import masked_attention
+from .config import Config
+from .packing import Packed, pack_dense, unpack_dense
+from .randomness import split, uniform
+from .views import Request, View, Views
+
+NAMED = {
+    "ViT-Ti": {"width": 192, "depth": 12, "heads": 3},
+    "ViT-S": {"width": 384, "depth": 12, "heads": 6},
+    "ViT-B": {"width": 768, "depth": 12, "heads": 12},
+    "ViT-L": {"width": 1024, "depth": 24, "heads": 16},
+}
+
+
+class ImageConfig(Config):
+    """The vision transformer. A name sets width, depth, heads and patch size; keys beside it override."""
+
+    name: str | None = None
+    """ViT-Ti/16, ViT-S/16, ViT-B/16, ViT-L/16 (any patch size after the slash), or nothing for free sizes."""
+    width: PositiveInt = 768
+    depth: PositiveInt = 12
+    heads: PositiveInt = 12
+    mlp_ratio: float = Field(4.0, gt=0)
+    patch_size: PositiveInt = 16
+    """Side of a patch, pixels."""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Stochastic depth of the student's last block, growing linearly from 0 at the first."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("name") is None:
+            return given
+        size, _, patch = str(given["name"]).partition("/")
+        if size not in NAMED or not patch.isdigit():
+            raise ValueError(f"'{given['name']}' is none of {', '.join(f'{n}/16' for n in NAMED)}")
+        return {**NAMED[size], "patch_size": int(patch), **given}
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ImageConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        return self
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention inside each packed sequence."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, packed: Packed) -> Tensor:
+        """[T, D] -> [T, D]."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        return self.proj(masked_attention(q, k, v, packed.offsets, packed.max_length).flatten(1))
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an exact (erf) GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+
+    def forward(self, packed: Packed, drop: Tensor | None = None) -> Packed:
+        """drop: [T, 2], what each residual branch is multiplied with (stochastic depth), or None."""
+        x = packed.tokens
+        x = x + _scaled(self.attn(self.norm1(x), packed), drop, 0)
+        x = x + _scaled(self.mlp(self.norm2(x)), drop, 1)
+        return packed.with_tokens(x)
+
+
+def _scaled(branch: Tensor, drop: Tensor | None, which: int) -> Tensor:
+    return branch if drop is None else branch * drop[:, which, None]
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens. The convolution is computed as one matrix product."""
+
+    def __init__(self, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch_size, patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[..., 3, H, W] -> [..., P, D]."""
+        patches = patchify(images, self.proj.kernel_size[0]).to(self.proj.weight.dtype)
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # the order of patchify: row, column, channel
+        return F.linear(patches, weight, self.proj.bias)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """[..., 3, H, W] -> [..., P, p * p * 3]: patches in row-major order, values in (row, column, channel) order."""
+    rows, columns = images.shape[-2] // patch_size, images.shape[-1] // patch_size
+    x = images.unflatten(-1, (columns, patch_size)).unflatten(-3, (rows, patch_size))  # [..., 3, rows, p, columns, p]
+    return x.movedim(-5, -1).transpose(-4, -3).flatten(-3).flatten(-3, -2)
+
+
+def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
+    """The inverse of `patchify` for square images: [..., P, p * p * 3] -> [..., 3, H, W]."""
+    side = round(patches.shape[-2] ** 0.5)
+    x = patches.unflatten(-1, (patch_size, patch_size, 3)).unflatten(-4, (side, side))
+    return x.movedim(-1, -5).transpose(-3, -2).flatten(-2).flatten(-3, -2)
+
+
+class ImageEncoder(nn.Module):
+    """ViT with a class token, learned positions, a final norm on all tokens, and one forward pass for all views."""
+
+    def __init__(self, config: ImageConfig, image_size: int, embed_dim: int | None, masked: bool) -> None:
+        """embed_dim: width of the joint space (None: no projection). masked: whether it has a mask token."""
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.patch_embed = PatchEmbed(config.patch_size, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // config.patch_size) ** 2, width))
+        self.masked_embed = nn.Parameter(torch.zeros(1, width)) if masked else None
+        self.blocks = nn.ModuleList(
+            Block(width, config.heads, config.mlp_ratio, eps=1e-6) for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.contrastive_projection = nn.Parameter(torch.empty(width, embed_dim)) if embed_dim else None
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """As the authors' code: truncated normal 0.02; the projection normal with deviation D^-1/2."""
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.contrastive_projection is not None:
+            nn.init.normal_(self.contrastive_projection, std=self.config.width**-0.5)
+
+    def forward(self, views: Views, request: Request) -> dict[View, Tensor]:
+        """Encode the requested views in one pass. Returns [crops, B, L, D] for each, after the final norm."""
+        names = [view for view in View if view.is_image and view in request]
+        crops = max([request[v] for v in names if v is not View.LOCAL], default=0)
+        embedded = self.embed(views.global_crops[:crops]) if crops else views.global_crops
+        sequences = {view: self._sequence(view, request[view], embedded, views) for view in names}
+        names.sort(key=lambda view: -sequences[view].shape[2])
+        drop = self._stochastic_depth(views.drop_keys, {v: request[v] for v in names}, sequences)
+        groups = [sequences[view].flatten(0, 1) for view in names]
+        tokens = self.encode(pack_dense(groups), drop).tokens
+        return {v: t.unflatten(0, (request[v], -1)) for v, t in zip(names, unpack_dense(tokens, groups), strict=True)}
+
+    def encode(self, packed: Packed, drop: Tensor | None = None) -> Packed:
+        """All blocks and the final norm. drop: [depth, T, 2] or None."""
+        for i, block in enumerate(self.blocks):
+            packed = block(packed, None if drop is None else drop[i])
+        return packed.with_tokens(self.norm(packed.tokens))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Whole images of any side, for evaluation: [B, 3, H, W] -> [B, 1 + P, D], after the final norm."""
+        tokens = self._with_class(self.embed(images) + self._positions(images.shape[-1] // self.config.patch_size))
+        return self.encode(pack_dense([tokens])).tokens.unflatten(0, tokens.shape[:2])
+
+    def project(self, class_token: Tensor) -> Tensor:
+        """To the joint space, not normalised: [..., D] -> [..., E]."""
+        return class_token @ self.contrastive_projection
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Patch embeddings without positions: [..., 3, H, W] -> [..., P, D]."""
+        return self.patch_embed(images)
+
+    def _sequence(self, view: View, count: int, embedded: Tensor, views: Views) -> Tensor:
+        """The input tokens of one view: [count, B, L, D]. embedded: patch embeddings of the global crops."""
+        if view is View.LOCAL:
+            crops = views.local_crops[:count]
+            return self._with_class(self.embed(crops) + self._positions(crops.shape[-1] // self.config.patch_size))
+        tokens = embedded[:count]
+        if view is View.GLOBAL_MASKED:
+            mask = views.block_mask[:count, :, :, None]
+            tokens = torch.where(mask, self.masked_embed.to(tokens.dtype), tokens)
+        tokens = tokens + self._positions(views.global_crops.shape[-1] // self.config.patch_size)
+        if view is View.GLOBAL_VISIBLE:
+            kept = views.kept[:count, :, :, None].expand(-1, -1, -1, tokens.shape[-1])
+            tokens = tokens.gather(2, kept)
+        return self._with_class(tokens)
+
+    def _with_class(self, tokens: Tensor) -> Tensor:
+        """Put the class token in front: [..., P, D] -> [..., 1 + P, D]."""
+        first = (self.cls_token + self.pos_embed[:, :1]).to(tokens.dtype)
+        return torch.cat([first.expand(*tokens.shape[:-2], 1, -1), tokens], -2)
+
+    def _positions(self, side: int) -> Tensor:
+        """Positions of a side x side grid [P, D], resampled bicubically where the side is not the trained one.
+
+        The scale factor is (side + 0.1) / trained side, as DINO and the authors' code have it: published weights were
+        trained with it, and resizing to the exact size gives other numbers.
+        """
+        table = self.pos_embed[0, 1:]
+        trained = round(table.shape[0] ** 0.5)
+        if side == trained:
+            return table
+        grid = table.unflatten(0, (trained, trained)).permute(2, 0, 1)[None]
+        if grid.dtype in (torch.bfloat16, torch.float16):
+            grid = grid.float()
+        factor = (side + 0.1) / trained
+        grid = F.interpolate(grid, scale_factor=(factor, factor), mode="bicubic", recompute_scale_factor=False)
+        return grid[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)
+
+    def _stochastic_depth(self, keys: Tensor, request: Request, sequences: dict[View, Tensor]) -> Tensor | None:
+        """Per block and token, what the two residual branches are multiplied with: [depth, T, 2] (Huang et al. 2016).
+
+        A draw belongs to (sample, view, crop, block): it does not depend on how samples are spread over ranks.
+        """
+        depth = len(self.blocks)
+        if not (self.training and self.config.drop_path):
+            return None
+        rate = torch.linspace(0, self.config.drop_path, depth, device=keys.device)[:, None, None]
+        scales = []
+        view_keys = dict(zip(View, split(keys, len(View)).unbind(-1), strict=True))
+        for view, count in request.items():
+            u = uniform(split(view_keys[view], count).T.flatten(), 2 * depth).unflatten(-1, (depth, 2))  # [n, depth, 2]
+            scale = (u.movedim(1, 0) >= rate) / (1 - rate)  # [depth, n, 2]
+            scales.append(scale.repeat_interleave(sequences[view].shape[2], dim=1))
+        return torch.cat(scales, 1).to(self.cls_token.dtype)

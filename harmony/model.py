@@ -1,0 +1,151 @@
+"""The model: plan views -> teacher pass -> student pass -> losses.
+
+Student and teacher are `Branch`es with the same parameter names, so a teacher parameter's twin is the student
+parameter of that name. What no objective asks for is not built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from pydantic import create_model, model_validator
+from torch import Tensor, nn
+
+from .config import Config
+from .image_encoder import ImageConfig, ImageEncoder
+from .objectives import REGISTRY, Collectives, Features, Objective, ObjectiveConfig, Surroundings
+from .schedules import Clock
+from .teacher import become_twin
+from .text_encoder import TextConfig, TextEncoder
+from .views import Request, View, Views, ViewsConfig, union
+
+
+class ModelConfig(Config):
+    """The two towers."""
+
+    image: ImageConfig = ImageConfig(name="ViT-B/16")
+    text: TextConfig = TextConfig()
+
+
+class _Objectives(Config):
+    """The objectives by name; one that is not named, or null, is off and nothing of it is built."""
+
+    def active(self) -> dict[str, ObjectiveConfig]:
+        """Those that are on, in the registry's order."""
+        return {name: getattr(self, name) for name in REGISTRY if getattr(self, name) is not None}
+
+
+# One optional key per registered objective, so that a new file in objectives/ is all that a new objective needs.
+ObjectivesConfig = create_model(
+    "ObjectivesConfig", __base__=_Objectives, **{name: (cls.Config | None, None) for name, cls in REGISTRY.items()}
+)
+
+
+class MethodConfig(Config):
+    """What is learned: the towers, the views, and the objectives."""
+
+    model: ModelConfig = ModelConfig()
+    views: ViewsConfig = ViewsConfig()
+    objectives: ObjectivesConfig
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> MethodConfig:
+        patch = self.model.image.patch_size
+        for key in ("global_size", "local_size"):
+            if getattr(self.views, key) % patch:
+                raise ValueError(f"views.{key} {getattr(self.views, key)} is not a multiple of the patch size {patch}")
+        if not self.objectives.active():
+            raise ValueError(f"objectives: name at least one of {', '.join(REGISTRY)}")
+        return self
+
+
+class Branch(nn.Module):
+    """One set of towers and heads, as far as they are asked for."""
+
+    def __init__(self, config: MethodConfig, objectives: dict[str, Objective], request: Request, teacher: bool) -> None:
+        super().__init__()
+        embed_dim = next((o.embed_dim for o in objectives.values() if o.embed_dim), None)
+        self.whole_captions = teacher and any(o.whole_captions for o in objectives.values())
+        self.image: ImageEncoder | None = None
+        self.text: TextEncoder | None = None
+        if any(view.is_image for view in request):
+            masked = View.GLOBAL_MASKED in request
+            self.image = ImageEncoder(config.model.image, config.views.global_size, embed_dim, masked)
+        if not all(view.is_image for view in request):
+            self.text = TextEncoder(config.model.text, embed_dim)
+        heads = {name: o.build_head() for name, o in objectives.items() if not teacher or o.teacher_views}
+        self.heads = nn.ModuleDict({name: head for name, head in heads.items() if head is not None})
+
+    def encode(self, views: Views, request: Request) -> tuple[dict, dict]:
+        """One pass of each tower over the union of requested views."""
+        images = self.image(views, request) if self.image else {}
+        captions = self.text(views, request, self.whole_captions) if self.text else {}
+        return images, captions
+
+    def features(self, encoded: tuple[dict, dict], name: str) -> Features:
+        """What objective `name` gets to see."""
+        head = self.heads[name] if name in self.heads else None
+        return Features(*encoded, self.image, self.text, head)
+
+
+@dataclass
+class StepOutput:
+    """The losses of one micro-batch."""
+
+    loss: Tensor
+    """Weighted sum, to be differentiated"""
+    losses: dict[str, Tensor]
+    """Unweighted, detached, by objective"""
+    metrics: dict[str, Tensor]
+    """Detached, by "objective/name" """
+
+
+class Harmony(nn.Module):
+    """Joint pretraining of an image and a text transformer by any set of objectives (arXiv 2405.14239)."""
+
+    def __init__(self, config: MethodConfig) -> None:
+        super().__init__()
+        image, text = config.model.image, config.model.text
+        around = Surroundings(image.width, image.patch_size, text.width, text.heads, text.vocabulary, config.views)
+        self.config = config
+        self.objectives = nn.ModuleDict({n: REGISTRY[n](c, around) for n, c in config.objectives.active().items()})
+        objectives = dict(self.objectives.items())
+        self.student_views = union([o.student_views for o in objectives.values()])
+        self.teacher_views = union([o.teacher_views for o in objectives.values()])
+        self.student = Branch(config, objectives, self.student_views, teacher=False)
+        self.teacher = Branch(config, objectives, self.teacher_views, teacher=True)
+        become_twin(self.teacher, self.student)
+
+    def train(self, mode: bool = True) -> Harmony:
+        """The teacher never trains: no stochastic depth in it."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, views: Views, clock: Clock, collectives: Collectives) -> StepOutput:
+        """The losses of one micro-batch. Raises KeyError if an objective uses a view it did not ask for."""
+        with torch.no_grad():
+            taught = self.teacher.encode(views, self.teacher_views)
+        learned = self.student.encode(views, self.student_views)
+        total, losses, metrics = 0.0, {}, {}
+        for name, objective in self.objectives.items():
+            student, teacher = self.student.features(learned, name), self.teacher.features(taught, name)
+            outcome = objective(student, teacher, views, clock, collectives)
+            total = total + objective.config.weight * outcome.loss
+            losses[name] = outcome.loss.detach()
+            metrics.update({f"{name}/{key}": value for key, value in outcome.metrics.items()})
+        return StepOutput(total, losses, metrics)
+
+    def end_step(self, collectives: Collectives) -> None:
+        """After the optimizer step: objectives move their state (centers)."""
+        for objective in self.objectives.values():
+            objective.end_step(collectives)
+
+    def frozen_parameters(self) -> list[tuple[list[nn.Parameter], int]]:
+        """Student parameters that stay fixed at the start, with the number of epochs."""
+        frozen = []
+        for name, objective in self.objectives.items():
+            if name in self.student.heads:
+                frozen.append(objective.frozen_parameters(self.student.heads[name]))
+        return [(parameters, epochs) for parameters, epochs in frozen if parameters and epochs]

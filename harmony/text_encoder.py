@@ -1,0 +1,177 @@
+"""Causal text transformer over packed captions (Radford et al. 2021), with open_clip's parameter names.
+
+Letters in shapes: B samples, C context length, T packed tokens, D width, E width of the joint space, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from pydantic import PositiveInt, model_validator
+from torch import Tensor, nn
+
+from ..kernels import masked_attention
+from .config import Config
+from .packing import CaptionLayout, Packed, lay_out_captions
+from .views import Request, View, Views
+
+
+class TextConfig(Config):
+    """The text transformer. The defaults are CLIP's."""
+
+    width: PositiveInt = 512
+    depth: PositiveInt = 12
+    heads: PositiveInt = 8
+    context: PositiveInt = 77
+    """Longest caption, tokens, start and end ids included."""
+    vocabulary: PositiveInt = 49408
+    """Token ids of the tokenizer; one more id, the largest, is the mask."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TextConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        return self
+
+
+class CausalAttention(nn.Module):
+    """Multi-head causal self-attention inside each packed caption, parameters named as torch.nn.MultiheadAttention's."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, packed: Packed) -> Tensor:
+        """[T, D] -> [T, D]."""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)
+        return self.out_proj(masked_attention(q, k, v, packed.offsets, packed.max_length, causal=True).flatten(1))
+
+
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+class TextBlock(nn.Module):
+    """Pre-norm causal transformer block."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = CausalAttention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                c_fc=nn.Linear(width, 4 * width),
+                gelu=QuickGELU(),
+                c_proj=nn.Linear(4 * width, width),
+            )
+        )
+
+    def forward(self, packed: Packed) -> Packed:
+        """[T, D] -> [T, D]."""
+        x = packed.tokens
+        x = x + self.attn(self.ln_1(x), packed)
+        x = x + self.mlp(self.ln_2(x))
+        return packed.with_tokens(x)
+
+
+class TextTransformer(nn.Module):
+    """A stack of causal blocks."""
+
+    def __init__(self, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(TextBlock(width, heads) for _ in range(depth))
+
+    def forward(self, packed: Packed) -> Packed:
+        """[T, D] -> [T, D]."""
+        for block in self.resblocks:
+            packed = block(packed)
+        return packed
+
+
+@dataclass(frozen=True)
+class CaptionFeatures:
+    """The features of one caption view inside the pack, before the text encoder's final norm."""
+
+    packed: Packed
+    """All caption views of the pass: tokens [T, D]"""
+    first: Tensor
+    """int64 [B]: packed place of each caption's first token"""
+    last: Tensor
+    """int64 [B]: packed place of each caption's end id"""
+
+    def at(self, index: Tensor, context: int) -> Tensor:
+        """Features at places of the padded captions: index int64 [W] into [B * C] -> [W, D]."""
+        return self.packed.tokens[self.first[index // context] + index % context]
+
+
+class TextEncoder(nn.Module):
+    """Token and position embeddings, causal blocks, final norm, projection of the end token to the joint space."""
+
+    def __init__(self, config: TextConfig, embed_dim: int | None) -> None:
+        """embed_dim: width of the joint space (None: no projection)."""
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocabulary + 1, config.width)
+        self.positional_embedding = nn.Parameter(torch.empty(config.context, config.width))
+        self.transformer = TextTransformer(config.width, config.depth, config.heads)
+        self.ln_final = nn.LayerNorm(config.width)
+        self.text_projection = nn.Parameter(torch.empty(config.width, embed_dim)) if embed_dim else None
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """As CLIP."""
+        width, depth = self.config.width, self.config.depth
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+        if self.text_projection is not None:
+            nn.init.normal_(self.text_projection, std=width**-0.5)
+
+    def forward(self, views: Views, request: Request, whole_context: bool = False) -> dict[View, CaptionFeatures]:
+        """Encode the requested caption views in one pass. whole_context: padding goes through as well."""
+        names = [view for view in View if not view.is_image and view in request]
+        stacked = torch.stack([self._ids(view, views) for view in names])
+        layout = lay_out_captions(views.lengths, stacked.shape[-1], len(names), whole_context)
+        packed = self.encode(stacked, layout)
+        first, last = layout.first.to(stacked.device), layout.last.to(stacked.device)
+        return {view: CaptionFeatures(packed, first[i], last[i]) for i, view in enumerate(names)}
+
+    def encode(self, tokens: Tensor, layout: CaptionLayout) -> Packed:
+        """tokens: int64 [views, B, C] -> packed features before the final norm."""
+        ids = tokens.flatten()[layout.source.to(tokens.device, non_blocking=True)]
+        position = layout.position.to(tokens.device, non_blocking=True)
+        x = self.token_embedding(ids) + self.positional_embedding[position]
+        return self.transformer(Packed(x, layout.offsets, layout.max_length))
+
+    def project(self, features: Tensor) -> Tensor:
+        """Features at the end ids to the joint space, not normalised: [..., D] -> [..., E]."""
+        return self.ln_final(features) @ self.text_projection
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Whole captions, for evaluation: int64 [B, C] -> [B, E], not normalised."""
+        lengths = tokens.argmax(-1).cpu() + 1
+        layout = lay_out_captions(lengths, tokens.shape[1], 1)
+        return self.project(self.encode(tokens[None], layout).tokens[layout.last[0].to(tokens.device)])
+
+    def _ids(self, view: View, views: Views) -> Tensor:
+        if view is View.CAPTION:
+            return views.tokens
+        return views.tokens.masked_fill(views.caption_mask, self.config.vocabulary)
