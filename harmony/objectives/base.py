@@ -99,6 +99,10 @@ class Objective(nn.Module, ABC):
         """Parameters of the student's head that stay fixed at the start, and for how many epochs."""
         return [], 0
 
+    def upper_bounds(self) -> list[tuple[nn.Parameter, float]]:
+        """Own parameters that are clamped after every optimizer step, with their largest value."""
+        return []
+
     @abstractmethod
     def forward(
         self, student: Features, teacher: Features, views: Views, clock: Clock, collectives: Collectives

@@ -43,7 +43,8 @@ class Contrastive(Objective):
     def __init__(self, config: ContrastiveConfig, around: Surroundings) -> None:
         super().__init__(config)
         self.embed_dim = config.embed_dim
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.initial_temperature)))
+        # One element rather than a scalar: DeepSpeed cannot broadcast tensors without a dimension.
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / config.initial_temperature)]))
 
     @property
     def student_views(self) -> Request:
@@ -56,6 +57,11 @@ class Contrastive(Objective):
         hard_only = self.config.hard_weight == 1 and self.config.hard_weight_end == 1
         return {} if hard_only else self.student_views
 
+    def upper_bounds(self) -> list[tuple[nn.Parameter, float]]:
+        """The log of the largest logit scale."""
+        bound = self.config.max_logit_scale
+        return [] if bound is None else [(self.logit_scale, math.log(bound))]
+
     def forward(
         self, student: Features, teacher: Features, views: Views, clock: Clock, collectives: Collectives
     ) -> Outcome:
@@ -63,8 +69,7 @@ class Contrastive(Objective):
         cfg = self.config
         image, text = (F.normalize(at_least_float(e), dim=-1) for e in embeddings(student))
         images, texts = collectives.gather(image), collectives.gather(text)
-        scale = at_least_float(self.logit_scale).exp()
-        scale = scale if cfg.max_logit_scale is None else scale.clamp(max=cfg.max_logit_scale)
+        scale = at_least_float(self.logit_scale).exp().squeeze()
         by_image, by_text = scale * image @ texts.T, scale * text @ images.T  # [B, world * B]
 
         labels = torch.arange(len(image), device=image.device) + collectives.rank * len(image)

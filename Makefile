@@ -1,0 +1,27 @@
+# Two commands do everything: `make demo` and `make test`. Set-up happens by itself, once.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+RUN := .venv/bin/harmony-fast
+
+help:  ## What there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup:  ## Make .venv (done by the others when needed)
+	@scripts/setup.sh
+
+demo: setup  ## Train all five objectives on the demo data, evaluate, write runs/demo/report.html
+	$(RUN) prepare demo/noto.tar data/demo/noto.beton --context 16
+	$(RUN) train configs/demo.yaml
+	$(RUN) evaluate runs/demo
+	$(RUN) report runs/demo
+
+test: setup  ## Run the tests
+	.venv/bin/python -m pytest
+
+lint: setup  ## Check the style
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt '.[lint]'
+	.venv/bin/ruff check .
+
+clean:  ## Remove what was made: data, runs, caches (.venv stays)
+	rm -rf data runs .pytest_cache .hypothesis .ruff_cache

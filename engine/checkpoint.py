@@ -1,0 +1,121 @@
+"""Checkpoints: complete or invisible. DeepSpeed's files, the EMA shards, and the weights in one safetensors file.
+
+    checkpoints/latest                    the name of the newest complete checkpoint
+    checkpoints/step-00000200/            DeepSpeed's files, ema-rank-*.pt, progress.json, weights.safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..harmony.model import Harmony
+from .config import RunConfig, load_config
+from .distributed import Ranks
+from .ema import ShardedEma, gather_shards, unflatten
+from .errors import UserError
+from .zero import Zero
+
+WEIGHTS = "weights.safetensors"
+
+
+class Checkpoints:
+    """The checkpoint folder of a run."""
+
+    def __init__(self, run_dir: Path, ranks: Ranks, keep: int) -> None:
+        self.folder = run_dir / "checkpoints"
+        self._ranks, self._keep = ranks, keep
+
+    def save(self, step: int, zero: Zero, ema: ShardedEma) -> Path:
+        """Write everything into a temporary folder, rename it, then point `latest` at it. All ranks must call."""
+        name = f"step-{step:08d}"
+        temporary, final = self.folder / f".{name}.incomplete", self.folder / name
+        if self._ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self._ranks.barrier()
+        zero.engine.save_checkpoint(str(self.folder), tag=temporary.name, save_latest=False, client_state={"step": step})
+        torch.save(ema.shards, temporary / f"ema-rank-{self._ranks.rank}.pt")
+        weights = consolidated_weights(zero, ema, self._ranks)
+        self._ranks.barrier()
+        if self._ranks.is_main:
+            save_file(weights, temporary / WEIGHTS, {"step": str(step)})
+            progress = {"step": step, "ranks": self._ranks.world_size}
+            (temporary / "progress.json").write_text(json.dumps(progress))
+            self._publish(temporary, final)
+        self._ranks.barrier()
+        return final
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        pointer = self.folder / "latest"
+        if not pointer.is_file():
+            return None
+        found = self.folder / pointer.read_text().strip()
+        return found if (found / "progress.json").is_file() else None
+
+    def load(self, path: Path, zero: Zero, ema: ShardedEma) -> int:
+        """Restore a checkpoint; returns the optimizer steps done. Raises UserError for another number of ranks."""
+        progress = json.loads((path / "progress.json").read_text())
+        if progress["ranks"] != self._ranks.world_size:
+            raise UserError(
+                f"{path}: saved by {progress['ranks']} rank(s), resumed with {self._ranks.world_size}; "
+                f"use --ranks {progress['ranks']}"
+            )
+        zero.engine.load_checkpoint(str(self.folder), tag=path.name)
+        shards = torch.load(path / f"ema-rank-{self._ranks.rank}.pt", map_location=self._ranks.device, weights_only=True)
+        ema.load(shards)
+        return progress["step"]
+
+    def _publish(self, temporary: Path, final: Path) -> None:
+        """Sync, rename, point `latest` at it, drop old ones."""
+        for file in temporary.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        pointer = self.folder / "latest.tmp"
+        pointer.write_text(final.name)
+        pointer.replace(self.folder / "latest")
+        complete = sorted(p for p in self.folder.glob("step-*") if p.is_dir())
+        for old in complete[: -self._keep]:
+            shutil.rmtree(old)
+
+
+def consolidated_weights(zero: Zero, ema: ShardedEma, ranks: Ranks) -> dict[str, Tensor]:
+    """The whole model in fp32 on the host, under the model's state names. All ranks must call."""
+    state = {name: value.detach().float().cpu() for name, value in zero.model.state_dict().items()}
+    names = {id(parameter): name for name, parameter in zero.model.named_parameters()}
+    for _, parameters, shard in zero.shards():
+        state.update(unflatten(gather_shards(shard, ranks), [(names[id(p)], p.shape) for p in parameters]))
+    state.update(ema.full_precision())
+    return {name: value.clone() for name, value in state.items()}
+
+
+def load_run(run_dir: Path, device: torch.device | str = "cpu") -> tuple[RunConfig, Harmony]:
+    """Configuration and model (fp32, evaluation mode) of a run's newest checkpoint, for evaluation and reports.
+
+    Raises UserError if the folder is not a run, has no checkpoint, or its weights do not fit its configuration.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir}: not a run folder (no config.yaml)")
+    config = load_config(run_dir / "config.yaml")
+    pointer = run_dir / "checkpoints" / "latest"
+    if not pointer.is_file():
+        raise UserError(f"{run_dir}: no checkpoint yet")
+    path = run_dir / "checkpoints" / pointer.read_text().strip() / WEIGHTS
+    model = Harmony(config)
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except RuntimeError as error:
+        raise UserError(f"{path}: does not fit {run_dir / 'config.yaml'}: {' '.join(str(error).split())[:300]}") from None
+    return config, model.to(device).eval()

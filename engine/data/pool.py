@@ -1,0 +1,143 @@
+"""The worker processes of `prepare`: started once, watched from both sides, without locks a dead one could hold."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+
+import numpy as np
+
+from ..errors import DataError
+from .parts import PartFiles, build_part
+from .progress import Progress
+
+TICK = 0.2
+"""Seconds between two looks at the workers."""
+
+
+class Board:
+    """Shared memory in which each worker notes how far it is, and reads whether to go on.
+
+    Every cell has one writer, so no lock is needed: a queue's lock would stay shut for ever if its holder were killed.
+    """
+
+    def __init__(self, context: ForkServerContext, shards: int) -> None:
+        self._cells = context.RawArray("Q", 1 + 3 * shards)
+
+    @property
+    def stop(self) -> np.ndarray:
+        """uint64 [1]: not 0 when the work is called off."""
+        return np.frombuffer(self._cells, np.uint64)[:1]
+
+    @property
+    def shards(self) -> np.ndarray:
+        """uint64 [shards, 3]: process at work on it (0 before and after), images seen, bytes read."""
+        return np.frombuffer(self._cells, np.uint64)[1:].reshape(-1, 3)
+
+
+def read_shards(files: list[PartFiles], workers: int, bar: Progress) -> list[int]:
+    """Make the parts of all shards in `workers` processes; returns the samples accepted of each, in order.
+
+    With a limit, stops early: as soon as the first shards hold enough, the list ends there. Raises DataError where a
+    shard cannot be opened or a worker died, naming the shard; OSError where a part cannot be written.
+    """
+    context = multiprocessing.get_context("forkserver")
+    # One process imports, all workers are forked from it; but nothing is forked from this one, which may have threads.
+    context.set_forkserver_preload(["open_clip.tokenizer", "harmony_fast.engine.data.pool"])
+    board = Board(context, len(files))
+    workers = max(1, min(workers, len(files)))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(board,))
+    children: dict[int | None, BaseProcess] = {}
+    try:
+        return _run(pool, files, 2 * workers, lambda: _look(board, children, bar))
+    except BrokenProcessPool:
+        pool.shutdown()
+        raise DataError(_obituary(board, children, files)) from None
+    finally:
+        board.stop[0] = 1
+        pool.shutdown(cancel_futures=True)
+
+
+def _run(pool: ProcessPoolExecutor, files: list[PartFiles], ahead: int, look: Callable[[], None]) -> list[int]:
+    limit = files[0].rules.limit
+    counts: dict[int, int] = {}
+    pending: dict[Future[int], int] = {}
+    submitted = 0
+    while True:
+        while submitted < len(files) and len(pending) < ahead and not _enough(counts, limit):
+            pending[pool.submit(_work, submitted, files[submitted])] = submitted
+            submitted += 1
+        look()
+        if not pending:
+            return [counts[shard] for shard in range(submitted)]
+        for future in wait(pending, TICK, FIRST_COMPLETED).done:
+            counts[pending.pop(future)] = future.result()
+
+
+def _enough(counts: dict[int, int], limit: int | None) -> bool:
+    """Whether the first shards, without a gap, hold `limit` samples."""
+    total = shard = 0
+    while limit is not None and total < limit and shard in counts:
+        total, shard = total + counts[shard], shard + 1
+    return limit is not None and total >= limit
+
+
+def _look(board: Board, children: dict[int | None, BaseProcess], bar: Progress) -> None:
+    # Remembered because the pool forgets its processes when it breaks; their exit codes say which one died by itself.
+    children.update({child.pid: child for child in multiprocessing.active_children()})
+    _, images, position = board.shards.sum(0).tolist()
+    bar.read(images, position)
+
+
+def _obituary(board: Board, children: dict[int | None, BaseProcess], files: list[PartFiles]) -> str:
+    at_work = {shard: int(pid) for shard, pid in enumerate(board.shards[:, 0]) if pid}
+    codes = {shard: children[pid].exitcode for shard, pid in at_work.items() if pid in children}
+    # The pool itself ends the others with SIGTERM.
+    died = [shard for shard, code in codes.items() if code not in (None, 0, -signal.SIGTERM)] or sorted(at_work)
+    names = ", ".join(str(files[shard].shard) for shard in died) or "its first shard"
+    how = {f"signal {-code}" if code < 0 else f"exit status {code}" for code in map(codes.get, died) if code}
+    return (
+        f"{names}: a worker died while reading it ({', '.join(sorted(how)) or 'cause unknown'}; out of memory?); "
+        "run the same command again: finished shards are kept"
+    )
+
+
+_board: Board
+"""In a worker: where it notes its progress."""
+
+
+def _start_worker(board: Board) -> None:
+    global _board
+    _board = board
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent calls the work off
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    """Workers wait on a pipe that they themselves hold open: after a kill -9 of the parent they would stay for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work(shard: int, files: PartFiles) -> int:
+    cells = _board.shards[shard]
+    stop = _board.stop
+
+    def report(images: int, position: int) -> bool:
+        cells[1:] = images, position
+        return not stop[0]
+
+    cells[0] = os.getpid()
+    count = build_part(files, report)
+    cells[0] = 0
+    cells[2] = files.shard.stat().st_size
+    return count

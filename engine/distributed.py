@@ -1,0 +1,155 @@
+"""Processes and what they say to each other: starting local ranks, joining those that were started, collectives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..harmony.objectives import Collectives
+from .errors import UserError
+
+STORE = "HARMONY_FAST_STORE"
+
+
+class Ranks(Collectives):
+    """The process group of a run, and this process's place in it."""
+
+    def __init__(self) -> None:
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        # Flags that decide what the host does next travel over gloo: they must not wait for the GPU's queue.
+        self._host = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes logs and checkpoints' common files."""
+        return self.rank == 0
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Concatenate [B, ...] of all ranks in rank order, with gradient."""
+        return x if self.world_size == 1 else _Gather.apply(x)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over ranks, without gradient."""
+        if self.world_size == 1:
+            return x
+        total = x.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        if self.world_size == 1:
+            return flag
+        value = torch.tensor(int(flag))
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._host)
+        return bool(value)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier(group=self._host)
+
+
+class _Gather(torch.autograd.Function):
+    """all_gather whose gradient is summed over the ranks that used it and cut to this rank's rows."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # noqa: ANN001
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # noqa: ANN001
+        total = gradient.contiguous()
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def join() -> Ranks:
+    """Join the ranks that were started (by `launch`, torchrun, deepspeed or SLURM), or be a single process."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if STORE in os.environ:
+        dist.init_process_group(
+            backend, init_method=f"file://{os.environ[STORE]}",
+            rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]),
+        )  # fmt: skip
+    elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Ranks()
+
+
+def started_by_launcher() -> bool:
+    """Whether this process is one rank of several that something else started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launch(ranks: int, entry: Callable[..., None], arguments: tuple) -> None:
+    """Run `entry(*arguments)` in `ranks` local processes; if one fails, end all of them.
+
+    The ranks meet in a file and talk over the loopback device. SIGTERM and SIGINT are passed on, so that ranks can
+    save. Raises UserError if a rank failed (it has printed why).
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+
+    if torch.cuda.is_available() and ranks > torch.cuda.device_count():
+        raise UserError(f"{ranks} GPUs asked for, {torch.cuda.device_count()} found")
+    with tempfile.TemporaryDirectory(prefix="harmony-fast-") as folder:
+        envs = {rank: _environment(rank, ranks, Path(folder)) for rank in range(ranks)}
+        context = start_processes(
+            name="rank",
+            entrypoint=entry,
+            args={rank: arguments for rank in range(ranks)},
+            envs=envs,
+            logs_specs=DefaultLogsSpecs(log_dir=str(Path(folder) / "logs")),
+            start_method="spawn",
+        )
+
+        def forward(number: int, _frame: object) -> None:
+            for pid in context.pids().values():
+                os.kill(pid, number)
+
+        previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            result = context.wait()
+        finally:
+            context.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+    if result is None or result.is_failed():
+        codes = {rank: f.exitcode for rank, f in result.failures.items()} if result else {}
+        first = min(codes, default=0)
+        raise UserError(f"rank {first} of {ranks} ended with exit status {codes.get(first)}; its message is above")
+
+
+def _environment(rank: int, ranks: int, folder: Path) -> dict[str, str]:
+    threads = max((os.cpu_count() or 1) // ranks, 1)
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+        STORE: str(folder / "store"),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+    }  # fmt: skip
+
+
+def leave() -> None:
+    """End a rank's process at once after its work: libraries' exit handlers are known to abort good runs."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

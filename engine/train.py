@@ -1,0 +1,196 @@
+"""The training loop: views, schedules, step, EMA, log, checkpoint, in that order."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ..harmony.model import Harmony, StepOutput
+from ..harmony.randomness import Purpose, sample_keys
+from ..harmony.schedules import Clock
+from ..harmony.views import Views, draw_views
+from .checkpoint import Checkpoints
+from .config import RunConfig, differences, dump_config, load_config
+from .data.augment import Augment
+from .data.batch import RawBatch
+from .data.loader import Loader
+from .distributed import Ranks, join
+from .ema import ShardedEma
+from .errors import UserError
+from .log import Log
+from .zero import Scalars, Zero, scalars_at
+
+# Keys that may change when a run goes on: they do not touch what is computed.
+FREE_KEYS = ("run_dir", "max_steps", "log_every", "checkpoint_every", "keep_checkpoints", "data.workers", "evaluate.")
+
+
+def train(config: RunConfig) -> None:
+    """Train on this process's rank until the configuration's end, or until asked to stop; resumes by itself.
+
+    Raises UserError for anything the user can mend.
+    """
+    ranks = join()
+    stop = StopRequest()
+    prepare_run_folder(config, ranks)
+    torch.manual_seed(config.seed)  # initial weights only: all later draws are counter-based
+    with Loader(
+        config.data.train, config.views, batch_size=config.data.batch_size, seed=config.seed,
+        rank=ranks.rank, world_size=ranks.world_size, workers=config.data.workers,
+    ) as loader:  # fmt: skip
+        check_fit(config, loader)
+        model = Harmony(config).to(ranks.device)
+        zero = Zero(model, config, ranks)
+        ema = ShardedEma(zero, model, ranks)
+        checkpoints = Checkpoints(config.run_dir, ranks, config.keep_checkpoints)
+        saved = checkpoints.latest()
+        done = checkpoints.load(saved, zero, ema) if saved else 0
+        total = config.epochs * loader.steps_per_epoch
+        last = min(total, config.max_steps or total)
+        log = Log(config.run_dir, last, done, ranks.is_main)
+        log.say(f"resumed at step {done} of {last}" if saved else describe(config, model, loader, ranks))
+
+        meter = Meter(done)
+        model.train()
+        for batch, views in prefetch(config, loader, ranks, done, last):
+            clock = Clock(done, loader.steps_per_epoch, config.epochs)
+            scalars = scalars_at(config, clock)
+
+            output = zero.engine(views, clock, ranks)
+            if zero.step(output.loss, scalars, clock):
+                ema.update(scalars.ema_momentum)
+                model.end_step(ranks)
+            done += 1
+
+            stopping = ranks.any(stop.asked)
+            saving = stopping or done == last or done % config.checkpoint_every == 0
+            log.step(done)
+            if saving or done == 1 or done % config.log_every == 0:
+                entry = summarise(output, scalars, clock, zero, ranks)
+                ensure_finite(entry, batch, loader, config.run_dir, ranks)
+                log.record({**entry, "samples_per_second": meter.rate(done, config.data.batch_size)})
+            if saving:
+                checkpoints.save(done, zero, ema)
+            if stopping and done < last:
+                log.say(f"stopped at step {done} as asked; start again with the same command to go on")
+                break
+        log.close()
+
+
+def prefetch(
+    config: RunConfig, loader: Loader, ranks: Ranks, done: int, last: int
+) -> Iterator[tuple[RawBatch, Views]]:
+    """Batches from step `done` to `last`, augmented and masked, on the device."""
+    augment = Augment(config.data.augment)
+    while done < last:
+        epoch, step = divmod(done, loader.steps_per_epoch)
+        for batch in loader.epoch(epoch, start_step=step):
+            yield batch, make_views(config, augment, batch, epoch, ranks.device)
+            done += 1
+            if done == last:
+                return
+
+
+def make_views(config: RunConfig, augment: Augment, batch: RawBatch, epoch: int, device: torch.device) -> Views:
+    """From decoded crops to the views of a micro-batch, on the device."""
+    keys = sample_keys(config.seed, epoch, batch.index, Purpose.AUGMENT).to(device)
+    crops = batch.to(device)
+    return draw_views(
+        config.views, config.model.image.patch_size,
+        augment(crops.global_crops, keys, "global").transpose(0, 1),
+        augment(crops.local_crops, keys, "local").transpose(0, 1),
+        batch.tokens, batch.index, config.seed, epoch,
+    ).to(device)  # fmt: skip
+
+
+def summarise(output: StepOutput, scalars: Scalars, clock: Clock, zero: Zero, ranks: Ranks) -> dict[str, float]:
+    """The numbers of one step, averaged over ranks. Reads from the device, so only logged steps pay for it."""
+    named = {"loss": output.loss.detach(), **{f"loss/{n}": v for n, v in output.losses.items()}, **output.metrics}
+    values = ranks.sum(torch.stack([v.double().cpu() for v in named.values()]).to(ranks.device)) / ranks.world_size
+    entry = {"step": clock.step + 1, "epoch": clock.epoch, **dict(zip(named, values.tolist(), strict=True))}
+    entry["gradient_norm"] = float(zero.gradient_norm())
+    entry.update(lr=scalars.lr, weight_decay=scalars.weight_decay, ema_momentum=scalars.ema_momentum)
+    return entry
+
+
+def ensure_finite(entry: dict[str, float], batch: RawBatch, loader: Loader, run_dir: Path, ranks: Ranks) -> None:
+    """Stop a run whose loss is not finite, with the batch's sample ids on disk and the checkpoints untouched."""
+    if not ranks.any(not math.isfinite(entry["loss"])):
+        return
+    path = run_dir / f"diverged-rank-{ranks.rank}.json"
+    path.write_text(json.dumps({"entry": entry, "samples": loader.sample_ids(batch.index)}, indent=1))
+    raise UserError(f"the loss is {entry['loss']} at step {entry['step']}; its samples are listed in {path}")
+
+
+def prepare_run_folder(config: RunConfig, ranks: Ranks) -> None:
+    """Create the run folder, or check that the run in it is this one. Raises UserError if it is another."""
+    path = config.run_dir / "config.yaml"
+    if path.is_file():
+        changed = [k for k in differences(load_config(path), config) if not k.startswith(FREE_KEYS)]
+        if changed and (config.run_dir / "checkpoints" / "latest").is_file():
+            raise UserError(
+                f"{config.run_dir} holds a run of another configuration (differs in: {', '.join(changed)}); "
+                "choose another run_dir, or delete this one"
+            )
+    ranks.barrier()
+    if ranks.is_main:
+        try:
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+            path.write_text(dump_config(config), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"run_dir {config.run_dir}: cannot be written: {error.strerror}") from None
+    ranks.barrier()
+
+
+def check_fit(config: RunConfig, loader: Loader) -> None:
+    """The data must fit the model."""
+    context = config.model.text.context
+    if loader.context != context:
+        raise UserError(
+            f"{config.data.train} has captions of {loader.context} tokens, model.text.context is {context}; "
+            f"set model.text.context={loader.context} or prepare again with --context {context}"
+        )
+
+
+def describe(config: RunConfig, model: Harmony, loader: Loader, ranks: Ranks) -> str:
+    """What is about to happen, in one line."""
+    millions = sum(p.numel() for p in model.student.parameters()) / 1e6
+    names = ", ".join(model.objectives)
+    return (
+        f"{loader.samples:,} samples, {loader.steps_per_epoch} steps an epoch, {config.epochs} epochs; "
+        f"student {millions:.1f} M parameters; {names}; {config.precision}, "
+        f"ZeRO {config.zero.stage}, {ranks.world_size} rank(s) on {ranks.device.type}"
+    )
+
+
+class Meter:
+    """Samples per second since the last question."""
+
+    def __init__(self, done: int) -> None:
+        self._done, self._time = done, time.perf_counter()
+
+    def rate(self, done: int, batch_size: int) -> float:
+        """Over all ranks."""
+        now = time.perf_counter()
+        rate = (done - self._done) * batch_size / (now - self._time)
+        self._done, self._time = done, now
+        return rate
+
+
+class StopRequest:
+    """Whether SIGTERM or SIGINT has asked the run to save and stop; a second signal ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, _frame: object) -> None:
+        if self.asked:
+            raise SystemExit(128 + number)
+        self.asked = True

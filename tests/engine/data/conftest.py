@@ -1,0 +1,63 @@
+"""Small tars of small pictures, made when needed."""
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+Files = list[tuple[str, bytes]]
+
+
+def encode(image: Image.Image, form: str = "JPEG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def write_tar(path: Path, files: Files) -> Path:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture(scope="session")
+def picture() -> Callable[..., Image.Image]:
+    """A smooth RGB image that differs from seed to seed: picture(seed, width, height)."""
+
+    def make(seed: int = 0, width: int = 96, height: int = 64) -> Image.Image:
+        coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+        return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def encoded() -> Callable[..., bytes]:
+    """encoded(image, "JPEG", quality=90): the bytes of an image file."""
+    return encode
+
+
+@pytest.fixture
+def tar(tmp_path: Path) -> Callable[[str, Files], Path]:
+    """tar("a.tar", [(name, content), ...]): a tar in the test's folder."""
+    return lambda name, files: write_tar(tmp_path / name, files)
+
+
+@pytest.fixture
+def pairs(picture: Callable[..., Image.Image]) -> Callable[..., Files]:
+    """pairs(3): the files of three good JPEG-caption samples, 000000 to 000002."""
+
+    def make(count: int, start: int = 0) -> Files:
+        samples = [
+            (f"{i:06d}", encode(picture(i), quality=90), f"picture number {i}") for i in range(start, start + count)
+        ]
+        return [file for key, image, text in samples for file in ((f"{key}.jpg", image), (f"{key}.txt", text.encode()))]
+
+    return make
