@@ -34,8 +34,8 @@ class Markup(str):
 Child = str | Iterable["Child"] | None
 
 
-def tag(name: str, *children: Child, **attributes: str | float | bool | None) -> Markup:
-    """An element. Keys of attributes: `class_` is class, `stroke_width` is stroke-width; None and False are left out."""
+def tag(name: str, /, *children: Child, **attributes: str | float | bool | None) -> Markup:
+    """An element. Attributes: `class_` means class, `stroke_width` stroke-width; None and False are left out."""
     opening = name
     for key, value in attributes.items():
         if value is not None and value is not False:
@@ -82,13 +82,18 @@ def labelled(label: Child, *content: Child, class_: str = "labelled") -> Markup:
     return tag("div", tag("div", label, class_="label"), tag("div", *content, class_="strip"), class_=class_)
 
 
-def section(anchor: str, title: str, lead: Child, build: Callable[[], Child]) -> Markup:
+def lead(text: str) -> Markup:
+    """The paragraph that a part of the page opens with."""
+    return tag("p", text, class_="lead")
+
+
+def section(anchor: str, title: str, build: Callable[[], Child]) -> Markup:
     """A part of the page; where its content cannot be made, one line says why."""
     try:
-        content = [tag("p", lead, class_="lead"), build()]
+        content = build()
     except UserError as error:
-        content = [tag("p", f"Not shown: {error}.", class_="absent")]
-    return tag("section", tag("h2", title), *content, id=anchor)
+        content = tag("p", f"Not shown: {error}.", class_="absent")
+    return tag("section", tag("h2", title), content, id=anchor)
 
 
 def page(title: str, header: Child, sections: list[tuple[str, str, Markup]], footer: Child) -> Markup:

@@ -1,4 +1,4 @@
-"""The samples that a report shows: held-out ones where there are any, chosen by the run's seed and not by their result."""
+"""The samples that a report shows: held-out ones where there are any, chosen by the run's seed, not by their result."""
 
 from __future__ import annotations
 
@@ -118,8 +118,12 @@ def _views(config: RunConfig, raw: RawBatch) -> Views:
     """Augmented and masked as in the first epoch."""
     augment = Augment(config.data.augment)
     keys = sample_keys(config.seed, 0, raw.index, Purpose.AUGMENT)
-    crops = (augment(c, keys, kind).transpose(0, 1) for c, kind in ((raw.global_crops, "global"), (raw.local_crops, "local")))
-    return draw_views(config.views, config.model.image.patch_size, *crops, raw.tokens, raw.index, config.seed, 0)
+    return draw_views(
+        config.views, config.model.image.patch_size,
+        augment(raw.global_crops, keys, "global").transpose(0, 1),
+        augment(raw.local_crops, keys, "local").transpose(0, 1),
+        raw.tokens, raw.index, config.seed, epoch=0,
+    )  # fmt: skip
 
 
 def cut_crops(images: list[Image.Image], index: Tensor, config: RunConfig) -> tuple[Tensor, Tensor]:
