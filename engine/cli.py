@@ -65,7 +65,7 @@ def train(
         leave()
     ensure_data(resolved)
     if count > 1:
-        launch(count, _rank_main, (resolved,))
+        launch(count, ["train", str(config), *(overrides or [])])
     else:
         train_here(resolved)
         leave()
@@ -106,14 +106,6 @@ def ensure_data(config: Any) -> None:
         from .data.prepare import prepare as run
 
         run(config.data.prepare_from, config.data.train, context=config.model.text.context)
-
-
-def _rank_main(config: Any) -> None:
-    """What each local rank runs."""
-    from .distributed import leave
-
-    _guarded(train_here, config)
-    leave()
 
 
 def _guarded(function: Any, *arguments: Any) -> None:

@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -100,8 +101,8 @@ def started_by_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def launch(ranks: int, entry: Callable[..., None], arguments: tuple) -> None:
-    """Run `entry(*arguments)` in `ranks` local processes; if one fails, end all of them.
+def launch(ranks: int, arguments: list[str]) -> None:
+    """Run `harmony-fast ARGUMENTS` in `ranks` local processes; if one fails, end all of them.
 
     The ranks meet in a file and talk over the loopback device. SIGTERM and SIGINT are passed on, so that ranks can
     save. Raises UserError if a rank failed (it has printed why).
@@ -111,31 +112,40 @@ def launch(ranks: int, entry: Callable[..., None], arguments: tuple) -> None:
     if torch.cuda.is_available() and ranks > torch.cuda.device_count():
         raise UserError(f"{ranks} GPUs asked for, {torch.cuda.device_count()} found")
     with tempfile.TemporaryDirectory(prefix="harmony-fast-") as folder:
-        envs = {rank: _environment(rank, ranks, Path(folder)) for rank in range(ranks)}
         context = start_processes(
             name="rank",
-            entrypoint=entry,
-            args={rank: arguments for rank in range(ranks)},
-            envs=envs,
+            entrypoint=sys.executable,
+            args={rank: ("-m", "harmony_fast.engine.cli", *arguments) for rank in range(ranks)},
+            envs={rank: _environment(rank, ranks, Path(folder)) for rank in range(ranks)},
             logs_specs=DefaultLogsSpecs(log_dir=str(Path(folder) / "logs")),
-            start_method="spawn",
         )
+        with _passing_signals_to(context.pids()):
+            try:
+                result = context.wait()
+            finally:
+                context.close()
+    if result is None or result.is_failed():
+        first = min(result.failures.values(), key=lambda f: f.timestamp) if result else None
+        status = first.exitcode if first else "unknown"
+        which = f"rank {first.local_rank}" if first else "a rank"
+        raise UserError(f"{which} of {ranks} ended with exit status {status}; its message is above")
 
-        def forward(number: int, _frame: object) -> None:
-            for pid in context.pids().values():
+
+@contextmanager
+def _passing_signals_to(pids: dict[int, int]) -> Iterator[None]:
+    """SIGTERM and SIGINT to this process reach the ranks, which are sessions of their own."""
+
+    def forward(number: int, _frame: object) -> None:
+        for pid in pids.values():
+            with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-        previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            result = context.wait()
-        finally:
-            context.close()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-    if result is None or result.is_failed():
-        codes = {rank: f.exitcode for rank, f in result.failures.items()} if result else {}
-        first = min(codes, default=0)
-        raise UserError(f"rank {first} of {ranks} ended with exit status {codes.get(first)}; its message is above")
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _environment(rank: int, ranks: int, folder: Path) -> dict[str, str]:

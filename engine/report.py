@@ -124,8 +124,8 @@ def _schedules(run: Run) -> list[Child]:
 def _views(run: Run) -> list[Child]:
     text = (
         f"Samples of {run.gallery.source}, drawn by the seed, as the first epoch would cut, augment and mask them. "
-        "Violet patches are mask tokens, whose content the student must infer; hatched patches are not given to the "
-        "encoder at all; marked words are masked in the caption."
+        "Violet patches are mask tokens, whose content the student must infer (some crops draw none); hatched patches "
+        "are not given to the encoder at all; marked words are masked in the caption."
     )
     return [lead(text), views_of_samples(run.config, run.model, run.gallery)]
 
@@ -144,7 +144,8 @@ def _attention(run: Run) -> list[Child]:
     encoder = run.image_encoder
     text = (
         f"Where the class token of the {run.branch_name} looks in the last block: the image, the mean over its "
-        f"{encoder.config.heads} heads (framed), and each head, from the map's smallest weight (dark) to its largest (bright)."
+        f"{encoder.config.heads} heads (framed), and each head; from the map's smallest weight (dark) to its largest "
+        "(bright)."
     )
     return [lead(text), attention_maps(run.config, encoder, run.gallery)]
 

@@ -72,9 +72,9 @@ def picture(pixels: np.ndarray, alt: str = "", scale: float | None = None, class
     return tag("img", src=source, alt=alt[:CHARACTERS], class_=class_, style=sharp + size or None)
 
 
-def shown_scale(side: int) -> float:
-    """CSS pixels per pixel for crops of `side` pixels: a whole number where they are enlarged."""
-    return max(SHOWN_SIDE // side, 1) if side <= SHOWN_SIDE else 1.5 * SHOWN_SIDE / side
+def shown_scale(side: int, shown: int = SHOWN_SIDE) -> float:
+    """CSS pixels per pixel to show `side` pixels in about `shown`: a whole number where they are enlarged."""
+    return shown // side if side <= shown else shown / side
 
 
 def labelled(label: Child, *content: Child, class_: str = "labelled") -> Markup:

@@ -22,6 +22,8 @@ from .report_samples import Gallery, displayable, readable
 
 MASK_TOKEN = np.array([124, 108, 240], np.uint8)
 """Colour of patches that the mask token stands for."""
+RECONSTRUCTION_SIDE = 144
+"""Side at which a reconstruction is shown, CSS pixels."""
 VIEWS_SHOWN = 4
 """Samples whose views are shown; the other pictures show the whole gallery."""
 
@@ -63,7 +65,8 @@ def masked_caption(gallery: Gallery, i: int) -> Markup:
     parts: list[Child] = []
     for masked, group in groupby(pairs, key=lambda pair: pair[1]):
         text = readable(torch.tensor([token for token, _ in group]))
-        parts += [tag("mark", text) if masked else text, " "]
+        space = " " if text[:1].isalnum() and parts else ""
+        parts += [space, tag("mark", text) if masked else text]
     return tag("bdi", parts)
 
 
@@ -92,7 +95,7 @@ def reconstructions(config: RunConfig, model: Harmony, gallery: Gallery) -> Mark
     if "reconstruction" not in model.objectives:
         raise UserError("this run has no reconstruction objective")
     filled, errors = reconstruct(model, gallery.views)
-    patch, scale = config.model.image.patch_size, shown_scale(config.views.global_size)
+    patch, scale = config.model.image.patch_size, shown_scale(config.views.global_size, RECONSTRUCTION_SIDE)
     crops = displayable(gallery.views.global_crops[0], config)
     strips = crops, with_holes(crops, gallery.views.removed[0], patch), displayable(filled, config)
     cards = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -168,10 +169,10 @@ def displayable(images: Tensor, config: RunConfig) -> np.ndarray:
 
 
 def readable(tokens: Tensor) -> str:
-    """Token ids to text. tokens: int64 [n], words only."""
+    """Token ids to text, without the spaces that the tokenizer puts before commas. tokens: int64 [n], words only."""
     from open_clip.tokenizer import decode
 
-    return decode(tokens).strip()
+    return re.sub(r" ([,.;:!?])", r"\1", decode(tokens)).strip()
 
 
 def _words_end(tokens: Tensor) -> list[int]:

@@ -53,11 +53,10 @@ def _progress(config: RunConfig, log: list[Entry], samples: int | None) -> dict[
     known = {"Steps": f"{step:,}{of}; {step * batch:,} samples seen"}
     speed = series(log, "samples_per_second")
     if speed.values:
-        known["Speed"] = f"{number(statistics.median(speed.values))} samples/s (median)"
         # Each logged rate holds for the steps since the entry before it.
         steps = [b - a for a, b in zip([0.0, *speed.steps[:-1]], speed.steps, strict=True)]
         seconds = sum(n * batch / rate for n, rate in zip(steps, speed.values, strict=True) if rate > 0)
-        known["Training time"] = _duration(seconds)
+        known["Speed"] = f"{number(statistics.median(speed.values))} samples/s; {_duration(seconds)} in all"
     return known
 
 

@@ -128,7 +128,8 @@ class TextEncoder(nn.Module):
         self.token_embedding = nn.Embedding(config.vocabulary + 1, config.width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context, config.width))
         self.transformer = TextTransformer(config.width, config.depth, config.heads)
-        self.ln_final = nn.LayerNorm(config.width)
+        # The other objectives read the features before the final norm, as the authors' code does.
+        self.ln_final = nn.LayerNorm(config.width) if embed_dim else None
         self.text_projection = nn.Parameter(torch.empty(config.width, embed_dim)) if embed_dim else None
         self._initialise()
 

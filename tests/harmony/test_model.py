@@ -1,0 +1,142 @@
+"""The model as a whole: what is built, what is learned, what does not depend on the batch."""
+
+import pytest
+import torch
+from harmony_fast.harmony.model import Harmony, MethodConfig
+from harmony_fast.harmony.objectives import REGISTRY, Collectives
+from harmony_fast.harmony.objectives.base import Center
+from harmony_fast.harmony.objectives.self_distillation import masked_cross_entropy, pairwise_cross_entropy
+from harmony_fast.harmony.schedules import Clock, ramp_cosine, ramp_linear, warmup_cosine
+from harmony_fast.harmony.teacher import twins
+from harmony_fast.harmony.views import Views, draw_views
+
+CLOCK = Clock(5, 4, 10)
+
+
+def build(tiny: dict, **objectives: dict | None) -> Harmony:
+    chosen = {**tiny["objectives"], **objectives}
+    torch.manual_seed(0)
+    return Harmony(MethodConfig.model_validate({**{k: tiny[k] for k in ("model", "views")}, "objectives": chosen}))
+
+
+def views_of(model: Harmony, batch: int = 6) -> Views:
+    torch.manual_seed(1)
+    tokens = torch.zeros(batch, 16, dtype=torch.int64)
+    for i, row in enumerate(tokens):
+        length = 4 + i % 12
+        row[0], row[length - 1] = 49406, 49407
+        row[1 : length - 1] = torch.randint(1, 49406, (length - 2,))
+    v = model.config.views
+    crops = torch.randn(2, batch, 3, 32, 32), torch.randn(v.local_crops, batch, 3, 16, 16)
+    return draw_views(v, 8, *crops, tokens, torch.arange(batch), 0, 0)
+
+
+def test_every_trainable_parameter_gets_a_gradient(tiny: dict) -> None:
+    model = build(tiny).train()
+    model(views_of(model), CLOCK, Collectives()).loss.backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+    assert all(p.grad is None and not p.requires_grad for p in model.teacher.parameters())
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_one_objective_alone_trains_and_builds_no_more_than_it_needs(tiny: dict, name: str) -> None:
+    others = {other: None for other in REGISTRY if other != name}
+    model = build(tiny, **others)
+    model(views_of(model), CLOCK, Collectives()).loss.backward()
+    assert list(model.objectives) == [name]
+    assert (model.student.text is None) == (name in ("self_distillation", "reconstruction"))
+    assert (model.student.image is None) == (name in ("masked_language", "text_distillation"))
+    has_teacher = any(True for _ in model.teacher.parameters())
+    assert has_teacher == (name in ("contrastive", "self_distillation", "text_distillation"))
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_hard_labels_alone_need_no_teacher(tiny: dict) -> None:
+    others = {other: None for other in REGISTRY if other != "contrastive"}
+    model = build(tiny, **{**others, "contrastive": {"embed_dim": 16, "hard_weight_end": 1.0}})
+    assert list(model.teacher.parameters()) == []
+
+
+def test_teacher_starts_as_the_student(tiny: dict) -> None:
+    model = build(tiny)
+    pairs = twins(model.teacher, model.student)
+    assert len(pairs) > 50
+    assert all(torch.equal(a, b) and a is not b for a, b in pairs)
+
+
+def test_loss_is_the_weighted_sum(tiny: dict) -> None:
+    model = build(tiny, reconstruction={**tiny["objectives"]["reconstruction"], "weight": 3.0})
+    out = model(views_of(model), CLOCK, Collectives())
+    weights = {name: o.config.weight for name, o in model.objectives.items()}
+    assert weights["reconstruction"] == 3.0
+    torch.testing.assert_close(out.loss, sum(weights[n] * v for n, v in out.losses.items()))
+
+
+def test_captions_without_masked_words_give_no_text_loss(tiny: dict) -> None:
+    tiny["views"]["caption_mask_ratio"] = 0.0
+    tiny["views"]["block_ratios"], tiny["views"]["block_ratio_spreads"] = [0.0], [0.0]
+    model = build(tiny)
+    out = model(views_of(model), CLOCK, Collectives())
+    out.loss.backward()
+    assert out.losses["masked_language"] == 0 and out.losses["text_distillation"] == 0
+    assert out.metrics["self_distillation/patch"] == 0
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    model.end_step(Collectives())
+    assert all(m.value.isfinite().all() for m in model.modules() if isinstance(m, Center))
+
+
+def test_by_default_the_pixel_decoder_can_tell_positions_apart(tiny: dict) -> None:
+    """With zeros, as the authors' code leaves the table, all removed patches of an image look the same."""
+    for positions, differ in (("sincos", True), ("zeros", False)):
+        model = build(tiny, reconstruction={**tiny["objectives"]["reconstruction"], "position_embedding": positions})
+        views = views_of(model)
+        images, captions = model.student.encode(views, model.student_views)
+        features = model.student.features((images, captions), "reconstruction")
+        prediction = model.objectives["reconstruction"].predict(features, views)
+        spread = (prediction - prediction[:, :, :1]).abs().max()
+        assert (spread > 1e-3) == differ
+
+
+def test_pairwise_cross_entropy_is_the_mean_over_pairs() -> None:
+    q, z = torch.randn(2, 5, 7).softmax(-1), torch.randn(6, 5, 7)
+    pairs = [(a, v) for a in range(2) for v in range(6) if a != v]
+    expected = torch.stack([-(q[a] * z[v].log_softmax(-1)).sum(-1).mean() for a, v in pairs]).mean()
+    torch.testing.assert_close(pairwise_cross_entropy(q, z), expected)
+
+
+def test_masked_cross_entropy_counts_images_without_masks_as_zero(tiny: dict) -> None:
+    model = build(tiny)
+    views = views_of(model, 20)
+    counts = views.block_mask.sum(-1)
+    assert (counts == 0).any()
+    q, z = torch.randn(len(views.block_index), 7).softmax(-1), torch.randn(len(views.block_index), 7)
+    rows = iter(-(q * z.log_softmax(-1)).sum(-1))
+    per_image = [sum(next(rows) for _ in range(int(n))) / max(int(n), 1) for n in counts.flatten()]
+    torch.testing.assert_close(masked_cross_entropy(q, z, views), torch.tensor(per_image).mean())
+
+
+def test_center_moves_by_the_mean_of_all_that_was_taken_in() -> None:
+    center, outputs = Center(4, 0.9), torch.randn(10, 4)
+    for part in outputs.split([3, 7]):
+        center.add(part.sum(0), len(part))
+    center.move(Collectives())
+    torch.testing.assert_close(center.value, 0.1 * outputs.mean(0))
+    before = center.value.clone()
+    center.move(Collectives())
+    assert torch.equal(center.value, before)
+
+
+def test_schedules() -> None:
+    assert warmup_cosine(0, 1.0, 0.1, 100, 10) == 0
+    assert warmup_cosine(9, 1.0, 0.1, 100, 10) == 1.0
+    assert warmup_cosine(10, 1.0, 0.1, 100, 10) == 1.0
+    assert warmup_cosine(55, 1.0, 0.1, 100, 10) == pytest.approx(0.55)
+    assert 0.1 < warmup_cosine(99, 1.0, 0.1, 100, 10) < 0.101
+    assert warmup_cosine(500, 1.0, 0.1, 100, 10) == pytest.approx(0.1)
+    assert ramp_cosine(0, 1.0, 0.2, 10) == 1.0 and ramp_cosine(10, 1.0, 0.2, 10) == 0.2
+    assert ramp_cosine(5, 1.0, 0.2, 10) == pytest.approx(0.6)
+    by_epoch = [ramp_linear(Clock(step, 10, 20), 0.04, 0.07, 4, by_epoch=True) for step in (0, 9, 10, 39, 40)]
+    assert by_epoch == pytest.approx([0.04, 0.04, 0.05, 0.07, 0.07])
+    assert ramp_linear(Clock(20, 10, 20), 0.04, 0.08, 4) == pytest.approx(0.06)
+    assert ramp_linear(Clock(3, 10, 20), 0.04, 0.08, 0) == 0.08
