@@ -133,9 +133,9 @@ def _views(run: Run) -> list[Child]:
 def _reconstructions(run: Run) -> list[Child]:
     text = (
         "Crop, what the student sees of it, and what its decoder makes of the rest. The decoder predicts each patch's "
-        "pixels standardised; to be seen, they get the true patch's mean and deviation back: overall colours are "
-        "given, the structure is what is learned. The error is the mean square in standardised pixels: "
-        "1 is no better than a flat patch."
+        "pixels standardised; to be seen, they get the true patch's mean and deviation back: brightness and "
+        "contrast are given, colour and structure are what is learned. The error is the mean square in standardised "
+        "pixels: 1 is no better than a flat patch."
     )
     return [lead(text), reconstructions(run.config, run.model, run.gallery)]
 

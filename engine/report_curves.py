@@ -94,10 +94,11 @@ def run_panels(log: list[Entry], objectives: list[str]) -> Markup:
         raise UserError("log.jsonl has no logged step yet")
     panels = [_panel(title, series(log, key), "var(--quiet)", "") for key, title in RUN_CURVES.items()]
     extra = dict.fromkeys(key for entry in log for key in entry if "/" in key and not key.startswith("loss/"))
-    for key in extra:
+    places = {name: i for i, name in enumerate(objectives)}
+    for key in sorted(extra, key=lambda key: places.get(key.partition("/")[0], len(places))):
         objective, _, metric = key.partition("/")
-        place = objectives.index(objective) if objective in objectives else 0
-        title = f"{objective.replace('_', ' ')}: {metric.replace('_', ' ')}"
+        place = places.get(objective, len(places))
+        title = f"{objective.capitalize()}: {metric}".replace("_", " ")
         panels.append(_panel(title, series(log, key), f"var(--line-{place % COLOURS})", ""))
     return tag("div", panels, class_="panels small")
 
@@ -137,7 +138,8 @@ def _plot(curve: Series, colour: str, title: str) -> Markup:
     lines = [path(curve.values, "raw" if smooth else "main")]
     lines += [path(smoothed(curve.values), "main")] if smooth else []
     svg = tag("svg", grid, lines, viewBox="0 0 100 100", preserveAspectRatio="none", role="img", aria_label=title)
-    labels = [tag("span", number(t), style=f"top:{height(t):.1f}%") for t in ticks]
+    texts = zip(ticks, tick_labels(ticks), strict=True)
+    labels = [tag("span", text, style=f"top:{height(t):.1f}%") for t, text in texts]
     steps = [tag("span", f"step {first:,.0f}"), tag("span", f"{last:,.0f}")]
     return tag("div", tag("div", labels, class_="y"), svg, tag("div", steps, class_="x"), class_="plot")
 
@@ -161,14 +163,26 @@ def smoothed(values: list[float]) -> list[float]:
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
-    """Two to five round numbers that cover about the range."""
+    """A few round numbers within the range, at least three (for a constant: around it)."""
     if high - low <= 1e-12 * max(abs(high), abs(low), 1e-12):
         margin = abs(high) / 2 or 0.5
         return [low - margin, low, low + margin]
-    rough = (high - low) / 3
-    power = 10 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * 0.999)
-    return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    power = 10 ** math.floor(math.log10(high - low))
+    ticks: list[float] = []
+    for multiple in (5, 2.5, 2, 1, 0.5, 0.25):  # the last gives at least three
+        if len(ticks) < 3:
+            step = power * multiple
+            ticks = [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return ticks
+
+
+def tick_labels(ticks: list[float]) -> list[str]:
+    """The ticks with as many decimals as tell them apart."""
+    step = ticks[1] - ticks[0]
+    digits = next((n for n in range(6) if abs(round(step, n) - step) <= 1e-3 * step), None)
+    if digits is None:
+        return [number(tick) for tick in ticks]
+    return [f"{tick:,.{digits}f}".replace("-", "−") for tick in ticks]
 
 
 def number(value: float) -> str:

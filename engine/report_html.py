@@ -92,7 +92,8 @@ def section(anchor: str, title: str, build: Callable[[], Child]) -> Markup:
     try:
         content = build()
     except UserError as error:
-        content = tag("p", f"Not shown: {error}.", class_="absent")
+        words = [tag("code", part) if i % 2 else part for i, part in enumerate(str(error).split("`"))]
+        content = tag("p", "Not shown: ", words, ".", class_="absent")
     return tag("section", tag("h2", title), content, id=anchor)
 
 

@@ -103,7 +103,7 @@ def reconstructions(config: RunConfig, model: Harmony, gallery: Gallery) -> Mark
         labels = "crop", "visible", f"reconstruction, error {errors[i]:.2f}"
         images = [tag("figure", picture(s[i], label, scale)) for s, label in zip(strips, labels, strict=True)]
         notes = tag("p", foreign(name), tag("span", f"error {errors[i]:.2f}", class_="aside"), class_="caption")
-        cards.append(tag("article", notes, tag("div", images, class_="strip"), class_="card"))
+        cards.append(tag("article", notes, tag("div", images, class_="strip row"), class_="card"))
     return tag("div", cards, class_="cards")
 
 

@@ -130,8 +130,8 @@ def _metric(metric: str, value: float, level: float | None) -> Markup:
     bar = [tag("span", style=f"width:{100 * value:.2f}%", class_="fill")]
     chance = None
     if level:
-        times = f", × {number(value / level)}" if value > level else ""
-        chance = tag("span", f"chance {_percent(level)}{times}", class_="aside")
+        times = f"{number(value / level)} × " if value > level else ""
+        chance = tag("span", f"{times}chance ({_percent(level)})", class_="aside")
         bar.append(tag("span", style=f"left:{100 * level:.2f}%", class_="chance"))
     line = tag("div", tag("span", _percent(value), class_="value"), name, chance, class_="line")
     return tag("div", line, tag("div", bar, class_="track"), class_="metric")

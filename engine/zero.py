@@ -86,6 +86,9 @@ class Zero:
         # A shared-memory all-reduce for inference that DeepSpeed would compile at the first CPU run; never used here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_init_required=False)
+        if ranks.device.type == "cpu" and config.precision == "fp16":
+            # DeepSpeed refuses processors without fp16 instructions; torch emulates them, slowly but rightly.
+            deepspeed.get_accelerator().is_fp16_supported = lambda: True
         groups = parameter_groups(model)
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.optimizer.betas, eps=config.optimizer.eps, fused=True)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(

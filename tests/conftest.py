@@ -68,8 +68,7 @@ def pairs(picture: Callable[..., Image.Image]) -> Callable[..., Files]:
     return make
 
 
-@pytest.fixture
-def tiny() -> dict:
+def tiny_config() -> dict:
     """A configuration, as plain data, of the smallest model that has every part."""
     return {
         "epochs": 3,
@@ -88,3 +87,9 @@ def tiny() -> dict:
             "text_distillation": {"prototypes": 32, "hidden": 32, "bottleneck": 16},
         },
     }
+
+
+@pytest.fixture
+def tiny() -> dict:
+    """`tiny_config()`, to be changed at will."""
+    return tiny_config()

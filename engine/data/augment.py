@@ -12,12 +12,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from itertools import permutations
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from harmony_fast.harmony.config import Config, Fraction, Range
 from harmony_fast.harmony.randomness import split, uniform
-from pydantic import Field, NonNegativeFloat
+from pydantic import AfterValidator, Field, NonNegativeFloat
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -26,10 +26,14 @@ Kind = Literal["global", "local"]
 GRAY = (0.2989, 0.587, 0.114)
 """Weights of red, green and blue in torchvision's gray (ITU-R BT.601)."""
 SOLARIZE_THRESHOLD = 128 / 255
-BLOCK_PIXELS = 1 << 17
-"""On the CPU, crops are augmented in blocks of about so many pixels: what fits in a core's cache is several times
-faster than a whole batch. The result does not depend on it."""
-ORDERS = torch.tensor(list(permutations(range(4))))  # int64 [24, 4]: place in the order -> operation
+ORDERS = list(permutations(range(4)))
+"""Every order of the four operations of colour jitter: place -> operation."""
+
+
+def _above_zero(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] <= 0:
+        raise ValueError(f"the lower bound {pair[0]} is not above 0")
+    return pair
 
 
 class AugmentConfig(Config):
@@ -55,8 +59,8 @@ class AugmentConfig(Config):
     """Probability of Gaussian blur of its further global crops."""
     blur_locals: Fraction = 0.5
     """Probability of Gaussian blur of its local crops."""
-    blur_sigma: Range = (0.1, 2.0)
-    """Standard deviation of the blur, pixels of the crop; the lower bound must be above 0."""
+    blur_sigma: Annotated[Range, AfterValidator(_above_zero)] = (0.1, 2.0)
+    """Standard deviation of the blur, pixels of the crop."""
     solarize_other_globals: Fraction = 0.2
     """Probability of inverting the bright half of the pixels, for all global crops but the first."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -226,38 +230,36 @@ class Augment:
         operation is decided where the keys are.
         """
         batch, views, side = crops.shape[:3]
-        out = torch.empty(batch, views, 3, side, side, device=crops.device)
         draws = draw(self.config, keys, kind, views).apply(lambda t: t.flatten())
-        source, target = crops.flatten(0, 1), out.flatten(0, 1)
-        block = max(1, BLOCK_PIXELS // side**2) if crops.device.type == "cpu" else max(1, len(source))
-        for first in range(0, len(source), block):
-            part = slice(first, first + block)
-            self._augment(source[part], target[part], draws.apply(lambda t, part=part: t[part]))
-        return out
-
-    def _augment(self, crops: Tensor, x: Tensor, draws: Draws) -> None:
-        """crops: uint8 [M, S, S, 3]; x: float32 [M, 3, S, S], written; draws [M]."""
-        x.copy_(crops.permute(0, 3, 1, 2)).div_(255)
-        _where(x, draws.flip, lambda part: part.flip(-1))
-        self._jitter(x, draws)
+        planes = crops.flatten(0, 1).permute(0, 3, 1, 2).contiguous()
+        _where(planes, draws.flip, lambda part: part.flip(-1))  # while a pixel is still three bytes
+        x = planes.float().div_(255)
+        _jitter(x, draws)
         _where(x, draws.grayscale, to_grayscale)
-        radius = min(math.ceil(3 * self.config.blur_sigma[1]), x.shape[-1] - 1)  # beyond it, reflection ends
+        radius = min(math.ceil(3 * self.config.blur_sigma[1]), side - 1)  # beyond it, reflection ends
         _where(x, draws.blur > 0, lambda part, sigma: gaussian_blur(part, sigma, radius), draws.blur)
         _where(x, draws.solarize, solarize)
         mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.config.mean, self.config.std))
-        x.sub_(mean).div_(std)
+        return x.sub_(mean).div_(std).view(batch, views, 3, side, side)
 
-    def _jitter(self, x: Tensor, draws: Draws) -> None:
-        operations = (
-            (adjust_brightness, draws.brightness),
-            (adjust_contrast, draws.contrast),
-            (adjust_saturation, draws.saturation),
-            (adjust_hue, draws.hue),
-        )
-        at_place = torch.where(draws.order[:, None] >= 0, ORDERS.to(draws.order.device)[draws.order], -1)  # [M, 4]
-        for place in range(len(operations)):
-            for number, (operation, parameter) in enumerate(operations):
-                _where(x, at_place[:, place] == number, operation, parameter)
+
+def _jitter(x: Tensor, draws: Draws) -> None:
+    """Colour jitter of the crops whose order is not -1.
+
+    The crops are sorted by order, so that each order's crops lie together and are changed in place: 24 groups, each
+    small enough for a core's cache.
+    """
+    rows = draws.order.argsort(stable=True)[(draws.order < 0).sum() :]
+    sizes = draws.order[rows].bincount(minlength=len(ORDERS)).tolist()
+    parameters = torch.stack([draws.brightness, draws.contrast, draws.saturation, draws.hue])[:, rows].to(x.device)
+    operations = adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue
+    there = rows.to(x.device, non_blocking=True)
+    jittered = x.index_select(0, there)
+    groups = zip(ORDERS, jittered.split(sizes), parameters.split(sizes, 1), strict=True)
+    for order, group, values in groups:
+        for number in order if len(group) else ():
+            operations[number](group, values[number])
+    _put(x, there, jittered)
 
 
 def _where(x: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> None:
@@ -266,4 +268,10 @@ def _where(x: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *paramet
     if len(rows):
         there = rows.to(x.device, non_blocking=True)
         values = (p[rows].to(x.device, non_blocking=True) for p in parameters)
-        x.index_copy_(0, there, operation(x.index_select(0, there), *values))
+        _put(x, there, operation(x.index_select(0, there), *values))
+
+
+def _put(x: Tensor, rows: Tensor, values: Tensor) -> None:
+    """x[rows] = values for contiguous tensors, in units of 16 bytes where possible (on the CPU five times faster)."""
+    unit = torch.complex128 if x[0].nbytes % 16 == 0 else x.dtype
+    x.flatten(1).view(unit).index_copy_(0, rows, values.flatten(1).view(unit))

@@ -155,12 +155,13 @@ def _enlarge(image: np.ndarray, top: int, left: int, h: int, w: int, out: np.nda
     """Bilinear interpolation with half-pixel centres (area interpolation would repeat pixels in blocks)."""
     above, below, down = _neighbours(h, out.shape[0])
     before, after, right = _neighbours(w, out.shape[1])
+    pixels = image.reshape(image.shape[0], -1)
     row = np.empty(3 * w, np.float32)
     for y in range(out.shape[0]):
-        upper = image[top + above[y], left : left + w].reshape(-1)
-        lower = image[top + below[y], left : left + w].reshape(-1)
+        upper, lower = top + above[y], top + below[y]
         for i in range(3 * w):
-            row[i] = np.float32(upper[i]) + down[y] * (np.float32(lower[i]) - np.float32(upper[i]))
+            value = np.float32(pixels[upper, 3 * left + i])
+            row[i] = value + down[y] * (np.float32(pixels[lower, 3 * left + i]) - value)
         for x in range(out.shape[1]):
             a, b = 3 * before[x], 3 * after[x]
             for c in range(3):
@@ -178,13 +179,13 @@ def cut(image: np.ndarray, box: tuple[int, int, int, int], out: np.ndarray) -> N
 
 
 @njit(cache=True)
-def _load_image(record: Any, stored: np.ndarray, image: np.ndarray) -> int:
+def _load_image(mode: int, stored: np.ndarray, image: np.ndarray) -> int:
     """Fill `image` from the bytes of a sample; a `Status`."""
-    if record["mode"] == JPG:
+    if mode == JPG:
         return _GOOD if _decode(stored, image) == 0 else _NOT_DECODED
-    if record["mode"] != RAW or stored.size != image.size:
+    if mode != RAW or stored.size != image.size:
         return _NOT_DECODED
-    image.reshape(-1)[:] = stored
+    image[:] = stored.reshape(image.shape)
     return _GOOD
 
 
@@ -192,17 +193,20 @@ def _load_image(record: Any, stored: np.ndarray, image: np.ndarray) -> int:
 def _cut_sample(
     record: Any, storage: Any, key: np.uint64, geometry: np.ndarray, global_crops: np.ndarray, local_crops: np.ndarray
 ) -> int:
-    """Decode one sample and cut its crops; a `Status`. geometry: rows global scale, local scale, aspect."""
+    """Decode one sample and cut its crops; a `Status`.
+
+    record: mode, height, width, pointer; geometry: rows global scale, local scale, aspect.
+    """
+    mode, height, width, pointer = record
     file, pointers, sizes = storage
-    place = np.searchsorted(pointers, record["data_ptr"])
-    if place == len(pointers) or pointers[place] != record["data_ptr"]:
+    place = np.searchsorted(pointers, pointer)
+    if place == len(pointers) or pointers[place] != pointer:
         return _NOT_STORED
-    start, end = np.int64(pointers[place]), np.int64(pointers[place] + sizes[place])
-    height, width = np.int64(record["height"]), np.int64(record["width"])
+    start, end = np.int64(pointer), np.int64(pointer + sizes[place])
     if end > file.size or height == 0 or width == 0:
         return _NOT_STORED
     image = np.empty((height, width, 3), np.uint8)
-    status = _load_image(record, file[start:end], image)
+    status = _load_image(mode, file[start:end], image)
     if status != _GOOD:
         return status
     for c in range(len(global_crops)):
@@ -219,7 +223,10 @@ def _cut_batch(
     global_crops: np.ndarray,
     local_crops: np.ndarray,
     status: np.ndarray,
-    records: np.ndarray,
+    modes: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    starts: np.ndarray,
     file: np.ndarray,
     pointers: np.ndarray,
     sizes: np.ndarray,
@@ -229,20 +236,28 @@ def _cut_batch(
     for slot in prange(len(indices)):
         index = indices[slot]
         key = mix(mix(epoch_key + np.uint64(index)) + CROP)
-        stored = file, pointers, sizes
-        status[slot] = _cut_sample(records[index], stored, key, geometry, global_crops[slot], local_crops[slot])
+        record = modes[index], np.int64(heights[index]), np.int64(widths[index]), starts[index]
+        storage = file, pointers, sizes
+        status[slot] = _cut_sample(record, storage, key, geometry, global_crops[slot], local_crops[slot])
+
+
+def columns(images: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The metadata of an FFCV image field, a structured array [N], as arrays: mode, height, width, data_ptr (views)."""
+    return tuple(images[name] for name in ("mode", "height", "width", "data_ptr"))
 
 
 class MultiCrop(SimpleRGBImageDecoder):
     """Decoder of an FFCV image field that gives all crops of a sample, for images of any size.
 
-    Output, a tuple: uint8 [B, G, size, size, 3] global crops, uint8 [B, N, size, size, 3] local crops, uint8 [B]
+    Output, a tuple: uint8 [B, G, size, size, 3] global crops, uint8 [B, N, size, size, 3] local crops, int32 [B]
     `Status` of each sample (crops of a sample that is not GOOD are undefined).
 
     Sample i's key is k = `sample_keys(seed, epoch, i, Purpose.CROP)`; its global boxes are
-    `crop_boxes(split(k, 2)[0], count=G)`, its local boxes `crop_boxes(split(k, 2)[1], count=N)`. The storage state
-    this operation is called with is FFCV's (file, pointers, sizes) and a fourth entry, the uint64 key of
-    (seed, epoch), so that a compiled pipeline serves all epochs.
+    `crop_boxes(split(k, 2)[0], count=G)`, its local boxes `crop_boxes(split(k, 2)[1], count=N)`.
+
+    Two of the arguments FFCV calls the compiled function with are not FFCV's own, so whoever runs the epoch sets them:
+    the storage state has a fourth entry beside (file, pointers, sizes), the uint64 `epoch_key`, so that a compiled
+    pipeline serves all epochs; and the metadata are those of `columns`.
     """
 
     def __init__(self, views: ViewsConfig) -> None:
@@ -251,11 +266,13 @@ class MultiCrop(SimpleRGBImageDecoder):
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, tuple[AllocationQuery, ...]]:
         """The buffers FFCV allocates, per sample."""
-        byte = np.dtype("u1")
         v = self.views
-        shapes = (v.global_crops, v.global_size, v.global_size, 3), (v.local_crops, v.local_size, v.local_size, 3), ()
-        state = replace(previous_state, jit_mode=True, shape=shapes[0], dtype=byte)
-        return state, tuple(AllocationQuery(shape, byte) for shape in shapes)
+        crops = (v.global_crops, v.global_size, v.global_size, 3), (v.local_crops, v.local_size, v.local_size, 3)
+        buffers = [AllocationQuery(shape, np.dtype("u1")) for shape in crops]
+        # Not bytes: when FFCV opens a file it marks numba's type of flat uint8 arrays as read-only, process-wide,
+        # which makes numba lose compiled code whose signature has that type.
+        buffers.append(AllocationQuery((), np.dtype("i4")))
+        return replace(previous_state, jit_mode=True, shape=crops[0], dtype=np.dtype("u1")), tuple(buffers)
 
     def generate_code(self) -> Callable[..., Any]:
         """A thin function for FFCV to compile; the work is in the cached `_cut_batch`."""
@@ -263,9 +280,12 @@ class MultiCrop(SimpleRGBImageDecoder):
         geometry = np.array([v.global_scale, v.local_scale, v.aspect], np.float64)
 
         def decode(indices, memory, records, storage):  # type: ignore[no-untyped-def]
-            global_crops, local_crops, status = memory
-            file, pointers, sizes, epoch_key = storage
-            _cut_batch(indices, global_crops, local_crops, status, records, file, pointers, sizes, epoch_key, geometry)
+            crops_0, crops_1, status = memory
+            mode, height, width, start = records
+            file, pointers, sizes, head = storage
+            _cut_batch(
+                indices, crops_0, crops_1, status, mode, height, width, start, file, pointers, sizes, head, geometry
+            )
             return memory
 
         return decode

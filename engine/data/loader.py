@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import DataError
 from .batch import RawBatch
 from .beton import open_beton
-from .crops import MultiCrop, Status, epoch_key
+from .crops import MultiCrop, Status, columns, epoch_key
 
 _threads = torch.get_num_threads()
 from ffcv.loader import Loader as FFCVLoader  # noqa: E402
@@ -66,6 +66,8 @@ class _EpochThread(EpochIterator):
     def run(self) -> None:
         try:
             self.storage_state = (*self.storage_state, self.key)
+            image = f"f{self.loader.field_name_to_f_ix['image']}"
+            self.metadata = {image: columns(self.metadata[image])}
             numba.set_num_threads(self.loader.num_workers)  # of this thread only
             for step, indices in enumerate(self.batches):
                 slot = step % (self.loader.batches_ahead + 2)

@@ -1,0 +1,49 @@
+"""The building blocks of the report: escaping, numbers, ticks, smoothing."""
+
+from __future__ import annotations
+
+import pytest
+from harmony_fast.engine.report_curves import nice_ticks, number, smoothed, tick_labels
+from harmony_fast.engine.report_html import Markup, tag
+
+
+def test_texts_are_escaped_by_construction() -> None:
+    assert tag("p", "<i>", Markup("<b></b>"), ["&"], None, title='"') == '<p title="&quot;">&lt;i&gt;<b></b>&amp;</p>'
+    assert tag("img", alt="<", hidden=None) == '<img alt="&lt;">'
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (1234.5, "1,234"), (5.5512, "5.55"), (0.05, "0.05"), (-0.5, "−0.5"), (1e-4, "1e−4"), (100.0, "100")],
+)
+def test_numbers(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 1.0), (5.1, 5.6), (0.23, 9.0), (-3.0, 900.0), (2.0, 2.0), (0.0, 0.0), (1e-9, 2e-9)]
+)
+def test_ticks_lie_in_order_and_near_the_range(low: float, high: float) -> None:
+    ticks = nice_ticks(low, high)
+    assert 3 <= len(ticks) <= 6
+    assert ticks == sorted(ticks)
+    if high > low:
+        assert low - 1e-9 <= ticks[0] <= ticks[-1] <= high + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("ticks", "labels"),
+    [
+        ([0.98, 0.98005, 0.9801], ["0.98000", "0.98005", "0.98010"]),
+        ([0.0, 2.5, 5.0], ["0.0", "2.5", "5.0"]),
+        ([0.0, 1000.0, 2000.0], ["0", "1,000", "2,000"]),
+        ([0.0, 1e-6, 2e-6], ["0", "1e−6", "2e−6"]),
+    ],
+)
+def test_tick_labels_tell_ticks_apart(ticks: list[float], labels: list[str]) -> None:
+    assert tick_labels(ticks) == labels
+
+
+def test_smoothing_keeps_both_ends() -> None:
+    values = [float(i) for i in range(40)]
+    assert smoothed(values) == pytest.approx(values)

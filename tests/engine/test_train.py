@@ -1,0 +1,164 @@
+"""Whole runs through the command line: log, resume, signals, ranks, bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from harmony_fast.engine.data.prepare import prepare
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "harmony_fast.engine.cli"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+STEPS = 7
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    words = [*COMMAND, *map(str, arguments)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+
+def run(*arguments: object, fails: bool = False) -> str:
+    process = start(*arguments)
+    out, err = process.communicate(timeout=240)
+    assert (process.returncode != 0) == fails, err[-3000:]
+    if fails:
+        assert "Traceback" not in err, err
+    return out + err
+
+
+def log(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir: Path) -> list[dict]:
+    return [{k: v for k, v in entry.items() if k.startswith("loss")} for entry in log(run_dir)]
+
+
+def newest(run_dir: Path) -> Path:
+    return run_dir / "checkpoints" / (run_dir / "checkpoints" / "latest").read_text()
+
+
+@pytest.fixture(scope="module")
+def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.beton"
+    prepare([ROOT / "demo" / "noto.tar"], path, context=16, limit=24, workers=1, progress=False)
+    return path
+
+
+@pytest.fixture
+def config(tiny: dict, beton: Path, tmp_path: Path) -> Path:
+    tiny["data"]["train"] = str(beton)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, beton: Path) -> Path:
+    """A run of STEPS steps that nothing happened to (crossing two epoch ends: 3 steps each)."""
+    from conftest import tiny_config
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    raw = tiny_config()
+    raw["data"]["train"] = str(beton)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(raw))
+    run("train", folder / "tiny.yaml", f"run_dir={folder / 'run'}", f"max_steps={STEPS}")
+    return folder / "run"
+
+
+def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
+    entries = log(undisturbed)
+    assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
+    names = ["contrastive", "self_distillation", "reconstruction", "masked_language", "text_distillation"]
+    for entry in entries:
+        assert {"loss", "samples_per_second", "lr", "ema_momentum", *(f"loss/{n}" for n in names)} <= entry.keys()
+        assert sum(entry[f"loss/{n}"] for n in names) == pytest.approx(entry["loss"], rel=1e-5)
+    assert yaml.safe_load((undisturbed / "config.yaml").read_text())["max_steps"] == STEPS
+    assert any((undisturbed / "tensorboard").iterdir())
+    weights = load_file(newest(undisturbed) / "weights.safetensors")
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights.values())
+    moved = [n for n in weights if n.startswith("teacher.") and not torch.equal(weights[n], weights[n.replace("teacher.", "student.")])]
+    assert len(moved) > 20  # student and teacher have parted
+
+
+def test_an_interrupted_run_goes_on_with_the_same_losses(config: Path, undisturbed: Path, tmp_path: Path) -> None:
+    for stop in (2, 4, STEPS):  # inside an epoch, at the first step of one, at the end
+        run("train", config, f"run_dir={tmp_path / 'run'}", f"max_steps={stop}")
+    assert losses(tmp_path / "run") == losses(undisturbed)
+    ours, theirs = (load_file(newest(r) / "weights.safetensors") for r in (tmp_path / "run", undisturbed))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_stopped_goes_on_with_the_same_losses(
+    config: Path, undisturbed: Path, tmp_path: Path, number: int
+) -> None:
+    folder = tmp_path / "run"
+    arguments = ("train", config, f"run_dir={folder}", f"max_steps={STEPS}", "checkpoint_every=1")
+    process = start(*arguments)
+    deadline = time.monotonic() + 200
+    while not (folder / "checkpoints" / "latest").is_file() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+    run(*arguments)
+    assert losses(folder) == losses(undisturbed)
+
+
+def test_two_ranks_compute_what_one_does(config: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run("train", config, f"run_dir={tmp_path / 'run'}", "max_steps=4", "--ranks", 2)
+    for ours, theirs in zip(losses(tmp_path / "run"), losses(undisturbed), strict=False):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    message = run("train", config, f"run_dir={tmp_path / 'run'}", "max_steps=5", fails=True)
+    assert "saved by 2 rank(s), resumed with 1; use --ranks 2" in message
+
+
+def test_a_rank_that_dies_ends_the_run(config: Path, tmp_path: Path) -> None:
+    process = start("train", config, f"run_dir={tmp_path / 'run'}", "epochs=2000", "--ranks", 2)
+    while not (tmp_path / "run" / "log.jsonl").is_file() and process.poll() is None:
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "of 2 ended with exit status" in err.splitlines()[-1]
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precisions_train(config: Path, undisturbed: Path, tmp_path: Path, precision: str) -> None:
+    run("train", config, f"run_dir={tmp_path / 'run'}", "max_steps=3", f"precision={precision}", "zero.stage=2")
+    for ours, theirs in zip(losses(tmp_path / "run"), losses(undisturbed), strict=False):
+        assert ours == pytest.approx(theirs, rel=0.03)
+
+
+def test_a_folder_of_another_run_is_refused(config: Path, undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    message = run("train", config, f"run_dir={tmp_path / 'run'}", "model.image.depth=1", "seed=3", fails=True)
+    assert "holds a run of another configuration (differs in: " in message
+    assert "model.image.depth" in message and "seed" in message
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["nowhere.yaml"], "nowhere.yaml: no such configuration file"),
+    (["CONFIG", "data.train=nowhere.beton"], "nowhere.beton"),
+    (["CONFIG", "data.batch_size=500"], "24 samples"),
+    (["CONFIG", "model.text.context=20"], "prepare again with --context 20"),
+    (["CONFIG", "data.batch_size=9", "--ranks", "2"], "cannot be divided among 2 ranks"),
+])  # fmt: skip
+def test_bad_input_is_one_line(config: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    words = [str(config) if word == "CONFIG" else word for word in arguments]
+    err = run("train", *words, f"run_dir={tmp_path / 'run'}", fails=True)
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and message in last
