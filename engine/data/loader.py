@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty, Full
 from typing import Any
@@ -102,14 +102,16 @@ class _EpochThread(EpochIterator):
     def _obituary(self) -> str:
         if self.terminate_event.is_set():
             return f"{self.loader.fname}: this epoch was closed (a loader runs one epoch at a time)"
-        cause = f"{type(self.failure).__name__}: {self.failure}" if self.failure else "it ended without a message"
+        cause = f"{type(self.failure).__name__}: {self.failure}".splitlines()[0]  # numba's messages are pages long
         return f"{self.loader.fname}: the loader's thread died ({cause})"
 
     def close(self) -> None:
         """End the thread and wait for it. Idempotent."""
         self.terminate_event.set()
-        if self.is_alive():
-            self.join()
+        while self.is_alive():
+            with suppress(Empty):
+                self.output_queue.get_nowait()  # it may be waiting for a free place
+            self.join(0.02)
         super().close()
 
 
