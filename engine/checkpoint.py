@@ -1,7 +1,7 @@
 """Checkpoints: complete or invisible. DeepSpeed's files, the EMA shards, and the weights in one safetensors file.
 
-    checkpoints/latest                    the name of the newest complete checkpoint
-    checkpoints/step-00000200/            DeepSpeed's files, ema-rank-*.pt, progress.json, weights.safetensors
+checkpoints/latest                    the name of the newest complete checkpoint
+checkpoints/step-00000200/            DeepSpeed's files, ema-rank-*.pt, progress.json, weights.safetensors
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         self._ranks.barrier()
-        zero.engine.save_checkpoint(str(self.folder), tag=temporary.name, save_latest=False, client_state={"step": step})
+        zero.engine.save_checkpoint(
+            str(self.folder), tag=temporary.name, save_latest=False, client_state={"step": step}
+        )
         torch.save(ema.shards, temporary / f"ema-rank-{self._ranks.rank}.pt")
         weights = consolidated_weights(zero, ema, self._ranks)
         self._ranks.barrier()
@@ -70,7 +72,9 @@ class Checkpoints:
                 f"use --ranks {progress['ranks']}"
             )
         zero.engine.load_checkpoint(str(self.folder), tag=path.name)
-        shards = torch.load(path / f"ema-rank-{self._ranks.rank}.pt", map_location=self._ranks.device, weights_only=True)
+        shards = torch.load(
+            path / f"ema-rank-{self._ranks.rank}.pt", map_location=self._ranks.device, weights_only=True
+        )
         ema.load(shards)
         return progress["step"]
 
@@ -117,5 +121,7 @@ def load_run(run_dir: Path, device: torch.device | str = "cpu") -> tuple[RunConf
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except RuntimeError as error:
-        raise UserError(f"{path}: does not fit {run_dir / 'config.yaml'}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(
+            f"{path}: does not fit {run_dir / 'config.yaml'}: {' '.join(str(error).split())[:300]}"
+        ) from None
     return config, model.to(device).eval()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
 from .errors import UserError
+from .host_memory import keep_pages
 
 app = typer.Typer(
     add_completion=False,
@@ -19,18 +20,20 @@ app = typer.Typer(
 )
 
 Run = Annotated[Path, typer.Argument(help="A run folder, as made by train.")]
-Overrides = Annotated[Optional[list[str]], typer.Argument(help="Settings as key=value, e.g. data.batch_size=128.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, e.g. data.batch_size=128.")]
 
 
 @app.command()
 def prepare(
-    sources: Annotated[list[str], typer.Argument(help="Webdataset tars (globs allowed), last the .beton file to write.")],
+    sources: Annotated[
+        list[str], typer.Argument(help="Webdataset tars (globs allowed), last the .beton file to write.")
+    ],
     max_side: Annotated[int, typer.Option(help="Larger images are reduced to this longer side, pixels.")] = 512,
     min_side: Annotated[int, typer.Option(help="Images with a smaller side are left out.")] = 8,
     quality: Annotated[int, typer.Option(help="JPEG quality where an image must be encoded.")] = 92,
     context: Annotated[int, typer.Option(help="Tokens per caption, start and end included.")] = 77,
-    workers: Annotated[Optional[int], typer.Option(help="Processes; default: one per core.")] = None,
-    limit: Annotated[Optional[int], typer.Option(help="Stop after this many samples.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Stop after this many samples.")] = None,
 ) -> None:
     """Turn image-caption data into one .beton file: SRC... OUT.beton."""
     from .data.prepare import prepare as run
@@ -47,10 +50,11 @@ def prepare(
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML file, e.g. configs/demo.yaml.")],
     overrides: Overrides = None,
-    ranks: Annotated[Optional[int], typer.Option(min=1, help="Local processes.")] = None,
-    gpus: Annotated[Optional[int], typer.Option(min=1, help="The same, where there are GPUs.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Local processes.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="The same, where there are GPUs.")] = None,
 ) -> None:
     """Train; goes on by itself where the run folder has a checkpoint."""
+    keep_pages()
     from .config import load_config
     from .distributed import launch, leave, started_by_launcher
 
@@ -75,7 +79,7 @@ def train(
 def evaluate(
     run: Run,
     tasks: Annotated[
-        Optional[list[str]], typer.Argument(help="zero-shot, retrieval, knn (default: all), and evaluate.key=value.")
+        list[str] | None, typer.Argument(help="zero-shot, retrieval, knn (default: all), and evaluate.key=value.")
     ] = None,
 ) -> None:
     """Zero-shot classification, retrieval, nearest neighbours; writes metrics.json."""

@@ -1,4 +1,5 @@
-"""The configuration of a run: typed, from YAML and `key=value` overrides, unknown keys refused with the nearest valid one."""
+"""The configuration of a run: typed, from YAML and `key=value` overrides; an unknown key is refused with the nearest
+valid one."""
 
 from __future__ import annotations
 
@@ -9,14 +10,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from ..harmony.config import Config, Fraction
 from ..harmony.model import MethodConfig
 from .data.augment import AugmentConfig
 from .errors import UserError
 
-# What `reference_compat: true` sets where the configuration itself says nothing: the authors' code instead of its intention.
+# What `reference_compat: true` sets where the configuration says nothing: the authors' code, not its intention.
 REFERENCE_COMPAT = {
     "objectives.contrastive.max_logit_scale": None,
     "objectives.self_distillation.temperature_by_epoch": True,
@@ -32,7 +40,7 @@ class DataConfig(Config):
 
     train: Path
     """The .beton file to train on (made by `harmony-fast prepare`)."""
-    prepare_from: list[str] = []
+    prepare_from: list[str] = Field(default=[])
     """Webdataset tars that `train` is made from when it does not exist yet."""
     batch_size: PositiveInt = 768
     """Samples of an optimizer step, over all ranks."""
@@ -72,15 +80,15 @@ class ZeroConfig(Config):
 class EvaluateConfig(Config):
     """Labelled sets for `harmony-fast evaluate` and the report."""
 
-    data: list[str] = []
+    data: list[str] = Field(default=[])
     """Webdataset tars with captions and labels: the queries."""
-    bank: list[str] = []
+    bank: list[str] = Field(default=[])
     """Webdataset tars: the labelled bank of the nearest-neighbour classifier."""
     class_key: str = "name"
     """Label that zero-shot classification predicts, as text."""
     group_key: str = "subcategory"
     """Label that the nearest-neighbour classifier predicts."""
-    templates: list[str] = ["{}"]
+    templates: list[str] = Field(default=["{}"])
     """Prompts of the zero-shot classifier; {} stands for the class."""
     neighbours: PositiveInt = 10
     branch: Literal["teacher", "student"] = "teacher"
@@ -131,8 +139,6 @@ class RunConfig(MethodConfig):
             if "{}" not in template:
                 raise ValueError(f"evaluate.templates: '{template}' has no {{}} for the class name")
         return self
-
-
 
 
 def load_config(path: Path, overrides: list[str] = []) -> RunConfig:  # noqa: B006 - never changed

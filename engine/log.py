@@ -36,7 +36,9 @@ class Log:
         self._console = Console(stderr=True)
         self._live = sys.stderr.isatty()
         columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[line]}"), TimeElapsedColumn())
-        self._progress = Progress("train", *columns, TimeRemainingColumn(), console=self._console, disable=not self._live)
+        self._progress = Progress(
+            "train", *columns, TimeRemainingColumn(), console=self._console, disable=not self._live
+        )
         self._task = self._progress.add_task("train", total=total, completed=done, line="")
         self._total, self._started, self._first = total, time.monotonic(), done
         self._progress.start()
@@ -59,8 +61,12 @@ class Log:
         if self._live:
             self._progress.update(self._task, completed=entry["step"], line=line)
         else:
-            left = (time.monotonic() - self._started) / max(entry["step"] - self._first, 1) * (self._total - entry["step"])
-            self._console.print(f"step {entry['step']}/{self._total}  {line}  {_minutes(left)} left", highlight=False, soft_wrap=True)
+            left = (
+                (time.monotonic() - self._started) / max(entry["step"] - self._first, 1) * (self._total - entry["step"])
+            )
+            self._console.print(
+                f"step {entry['step']}/{self._total}  {line}  {_minutes(left)} left", highlight=False, soft_wrap=True
+            )
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal."""

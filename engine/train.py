@@ -12,14 +12,13 @@ from pathlib import Path
 import torch
 
 from ..harmony.model import Harmony, StepOutput
-from ..harmony.randomness import Purpose, sample_keys
 from ..harmony.schedules import Clock
-from ..harmony.views import Views, draw_views
+from ..harmony.views import Views
 from .checkpoint import Checkpoints
 from .config import RunConfig, differences, dump_config, load_config
-from .data.augment import Augment
 from .data.batch import RawBatch
 from .data.loader import Loader
+from .data.views import make_views
 from .distributed import Ranks, join
 from .ema import ShardedEma
 from .errors import UserError
@@ -82,30 +81,15 @@ def train(config: RunConfig) -> None:
         log.close()
 
 
-def prefetch(
-    config: RunConfig, loader: Loader, ranks: Ranks, done: int, last: int
-) -> Iterator[tuple[RawBatch, Views]]:
+def prefetch(config: RunConfig, loader: Loader, ranks: Ranks, done: int, last: int) -> Iterator[tuple[RawBatch, Views]]:
     """Batches from step `done` to `last`, augmented and masked, on the device."""
-    augment = Augment(config.data.augment)
     while done < last:
         epoch, step = divmod(done, loader.steps_per_epoch)
         for batch in loader.epoch(epoch, start_step=step):
-            yield batch, make_views(config, augment, batch, epoch, ranks.device)
+            yield batch, make_views(config, batch, epoch, ranks.device)
             done += 1
             if done == last:
                 return
-
-
-def make_views(config: RunConfig, augment: Augment, batch: RawBatch, epoch: int, device: torch.device) -> Views:
-    """From decoded crops to the views of a micro-batch, on the device."""
-    keys = sample_keys(config.seed, epoch, batch.index, Purpose.AUGMENT).to(device)
-    crops = batch.to(device)
-    return draw_views(
-        config.views, config.model.image.patch_size,
-        augment(crops.global_crops, keys, "global").transpose(0, 1),
-        augment(crops.local_crops, keys, "local").transpose(0, 1),
-        batch.tokens, batch.index, config.seed, epoch,
-    ).to(device)  # fmt: skip
 
 
 def summarise(output: StepOutput, scalars: Scalars, clock: Clock, zero: Zero, ranks: Ranks) -> dict[str, float]:

@@ -90,7 +90,9 @@ class Zero:
             # DeepSpeed refuses processors without fp16 instructions; torch emulates them, slowly but rightly.
             deepspeed.get_accelerator().is_fp16_supported = lambda: True
         groups = parameter_groups(model)
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.optimizer.betas, eps=config.optimizer.eps, fused=True)
+        optimizer = torch.optim.AdamW(
+            groups, lr=0.0, betas=config.optimizer.betas, eps=config.optimizer.eps, fused=True
+        )
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(config, ranks.world_size)
         )
@@ -141,7 +143,7 @@ class Zero:
 
 
 def _restore_precise_state(model: Harmony) -> None:
-    """Centers stay fp32: DeepSpeed casts every buffer to the compute precision, and a center moves by tenths of a bit."""
+    """Centers stay fp32: DeepSpeed casts every buffer to the compute precision, too coarse for a running mean."""
     for module in model.modules():
         if isinstance(module, Center):
             module.float()

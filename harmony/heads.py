@@ -5,6 +5,8 @@ Letters in shapes: B samples, P patches, L = 1 + P, K prototypes, D width of the
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from .text_encoder import TextTransformer
 
 
 class Prototypes(nn.Module):
-    """Cosine similarity to K learned directions: the weight-normalised output layer of DINO with its gain fixed at 1."""
+    """Cosine similarity to K learned directions: DINO's weight-normalised output layer with its gain fixed at 1."""
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__()
@@ -31,13 +33,19 @@ class ProjectionHead(nn.Module):
     """MLP, L2 normalisation, prototypes (DINO, Caron et al. 2021, section 3.1; iBOT shares it for patches)."""
 
     def __init__(
-        self, width: int, hidden: int, bottleneck: int, prototypes: int, layers: int, patch_prototypes: int | None = None
+        self,
+        width: int,
+        hidden: int,
+        bottleneck: int,
+        prototypes: int,
+        layers: int,
+        patch_prototypes: int | None = None,
     ) -> None:
         """patch_prototypes: a second output layer (`last_layer2`) for patch tokens; None: they share the first."""
         super().__init__()
         sizes = [width] + [hidden] * (layers - 1) + [bottleneck]
         modules: list[nn.Module] = []
-        for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
             modules += [nn.GELU()] if i else []
             modules += [nn.Linear(fan_in, fan_out)]
             nn.init.trunc_normal_(modules[-1].weight, std=0.02)

@@ -1,6 +1,7 @@
 """Vision transformer over packed views (Dosovitskiy et al. 2021), with timm's parameter names.
 
-Letters in shapes: V crops, B samples, P patches, p patch side in pixels, L tokens of a sequence, T packed tokens, D width.
+Letters in shapes: V crops, B samples, P patches, p patch side in pixels, L tokens of a sequence, T packed tokens,
+D width.
 """
 
 from __future__ import annotations
@@ -147,9 +148,7 @@ class ImageEncoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // config.patch_size) ** 2, width))
         self.masked_embed = nn.Parameter(torch.zeros(1, width)) if masked else None
-        self.blocks = nn.ModuleList(
-            Block(width, config.heads, config.mlp_ratio, eps=1e-6) for _ in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(Block(width, config.heads, config.mlp_ratio, eps=1e-6) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.contrastive_projection = nn.Parameter(torch.empty(width, embed_dim)) if embed_dim else None
         self._initialise()

@@ -85,7 +85,7 @@ class Branch(nn.Module):
 
     def features(self, encoded: tuple[dict, dict], name: str) -> Features:
         """What objective `name` gets to see."""
-        head = self.heads[name] if name in self.heads else None
+        head = self.heads[name] if name in self.heads else None  # noqa: SIM401 - ModuleDict has no get
         return Features(*encoded, self.image, self.text, head)
 
 

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
-
 from harmony_fast.harmony.model import Harmony, MethodConfig
 from harmony_fast.harmony.objectives import Collectives
 from harmony_fast.harmony.schedules import Clock
-from harmony_fast.harmony.views import Views, assemble, split_by_noise, words_only, caption_lengths
+from harmony_fast.harmony.views import Views, assemble, caption_lengths, split_by_noise, words_only
+from safetensors import safe_open
+from torch import Tensor
 
 PREFIXES = {
     "student.head.": "student.heads.self_distillation.",
@@ -53,14 +52,15 @@ class Golden:
     def read(cls, path: Path) -> Golden:
         """All tensors and the JSON header."""
         with safe_open(path, "pt") as f:
-            return cls({name: f.get_tensor(name) for name in f.keys()}, json.loads(f.metadata()["json"]))
+            names = list(f.keys())
+            return cls({name: f.get_tensor(name) for name in names}, json.loads(f.metadata()["json"]))
 
     def method(self) -> MethodConfig:
         """Our configuration of the file's model, with everything as the authors' code has it."""
         d, h = self.meta["dims"], self.meta["hyper"]
         patch_prototypes = None if d["shared_head"] else d["patch_out_dim"]
         epochs = h["warmup_teacher_temp_epochs"]
-        patch_temperature = {"start": h["warmup_teacher_patch_temp"], "end": h["teacher_patch_temp"]}
+        start, end = h["warmup_teacher_patch_temp"], h["teacher_patch_temp"]
         return MethodConfig.model_validate({
             "model": {
                 "image": {"width": d["image_width"], "depth": d["image_depth"], "heads": d["image_heads"],
@@ -80,7 +80,7 @@ class Golden:
                     "prototypes": d["out_dim"], "patch_prototypes": patch_prototypes, "hidden": d["head_hidden"],
                     "bottleneck": d["head_bottleneck"], "student_temperature": h["student_temp"],
                     "teacher_temperature_start": h["warmup_teacher_temp"], "teacher_temperature": h["teacher_temp"],
-                    "patch_temperature_start": patch_temperature["start"], "patch_temperature": patch_temperature["end"],
+                    "patch_temperature_start": start, "patch_temperature": end,
                     "temperature_epochs": epochs, "temperature_by_epoch": True, "patch_center": "all",
                     "center_momentum": h["center_momentum"], "freeze_last_layer": h["freeze_last_layer"]},
                 "reconstruction": {"weight": h["gen_weight"], "width": d["mae_width"], "depth": d["mae_depth"],
@@ -89,7 +89,7 @@ class Golden:
                 "text_distillation": {
                     "weight": h["text_dist_weight"], "prototypes": d["text_out_dim"], "hidden": d["text_head_hidden"],
                     "bottleneck": d["text_head_bottleneck"], "student_temperature": h["student_temp"],
-                    "teacher_temperature_start": patch_temperature["start"], "teacher_temperature": patch_temperature["end"],
+                    "teacher_temperature_start": start, "teacher_temperature": end,
                     "temperature_epochs": epochs, "temperature_by_epoch": True, "center_of": "probabilities",
                     "center_momentum": h["center_momentum"]},
             },
@@ -159,7 +159,9 @@ def compare(golden: Golden, dtype: torch.dtype) -> list[tuple[str, float, float]
     own = model.state_dict()
     for name in ("cls", "patch", "text"):
         center = own[our_name(f"center.{name}")]
-        rows.append((f"center_after.{name}", relative(center, expected[f"center_after.{name}"]), 1e-9 if double else 5e-6))
+        rows.append(
+            (f"center_after.{name}", relative(center, expected[f"center_after.{name}"]), 1e-9 if double else 5e-6)
+        )
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     for name, value in expected.items():
         if name.startswith("grad."):

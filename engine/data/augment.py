@@ -15,11 +15,12 @@ from itertools import permutations
 from typing import Annotated, Literal
 
 import torch
-from harmony_fast.harmony.config import Config, Fraction, Range
-from harmony_fast.harmony.randomness import split, uniform
 from pydantic import AfterValidator, Field, NonNegativeFloat
 from torch import Tensor
 from torch.nn.functional import one_hot
+
+from ...harmony.config import Config, Fraction, Range
+from ...harmony.randomness import split, uniform
 
 Kind = Literal["global", "local"]
 
@@ -273,5 +274,7 @@ def _where(x: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *paramet
 
 def _put(x: Tensor, rows: Tensor, values: Tensor) -> None:
     """x[rows] = values for contiguous tensors, in units of 16 bytes where possible (on the CPU five times faster)."""
+    if not len(rows):
+        return
     unit = torch.complex128 if x[0].nbytes % 16 == 0 else x.dtype
     x.flatten(1).view(unit).index_copy_(0, rows, values.flatten(1).view(unit))

@@ -17,21 +17,19 @@ from typing import Any
 
 import llvmlite.binding as llvm
 import numpy as np
-import torch
-from harmony_fast.harmony.randomness import GOLDEN as _GOLDEN
-from harmony_fast.harmony.randomness import MIX1 as _MIX1
-from harmony_fast.harmony.randomness import MIX2 as _MIX2
-from harmony_fast.harmony.randomness import Purpose
-from harmony_fast.harmony.views import CROP_ATTEMPTS, ViewsConfig
 from numba import njit, prange, types
 
-_torch_threads = torch.get_num_threads()
-from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder  # noqa: E402
-from ffcv.libffcv import ctypes_imdecode, ctypes_resize  # noqa: E402
-from ffcv.pipeline.allocation_query import AllocationQuery  # noqa: E402
-from ffcv.pipeline.state import State  # noqa: E402
+from ...harmony.randomness import GOLDEN as _GOLDEN
+from ...harmony.randomness import MIX1 as _MIX1
+from ...harmony.randomness import MIX2 as _MIX2
+from ...harmony.randomness import Purpose
+from ...harmony.views import CROP_ATTEMPTS, ViewsConfig
+from . import ffcv_import  # noqa: F401 - before FFCV's own parts
 
-torch.set_num_threads(_torch_threads)  # importing FFCV sets torch to a single thread
+from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder  # isort: skip
+from ffcv.libffcv import ctypes_imdecode, ctypes_resize  # isort: skip
+from ffcv.pipeline.allocation_query import AllocationQuery  # isort: skip
+from ffcv.pipeline.state import State  # isort: skip
 
 GOLDEN, MIX1, MIX2 = np.uint64(_GOLDEN), np.uint64(_MIX1), np.uint64(_MIX2)
 CROP = np.uint64(int(Purpose.CROP))

@@ -16,20 +16,17 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from harmony_fast.harmony.randomness import Purpose, sample_keys
-from harmony_fast.harmony.views import ViewsConfig
 from torch import Tensor
 
+from ...harmony.randomness import Purpose, sample_keys
+from ...harmony.views import ViewsConfig
 from ..errors import DataError
 from .batch import RawBatch
 from .beton import open_beton
 from .crops import MultiCrop, Status, columns, epoch_key
 
-_threads = torch.get_num_threads()
-from ffcv.loader import Loader as FFCVLoader  # noqa: E402
-from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
-
-torch.set_num_threads(_threads)  # importing FFCV sets torch to a single thread
+from ffcv.loader import Loader as FFCVLoader  # isort: skip - after .crops, which imports FFCV without side effects
+from ffcv.loader.epoch_iterator import EpochIterator  # isort: skip
 
 BATCHES_AHEAD = 2
 """Batches decoded before they are asked for."""

@@ -61,7 +61,7 @@ def text_embeddings(branch: Branch, texts: list[str], config: RunConfig) -> Tens
 
 
 @lru_cache(maxsize=2)
-def _tokenizer(context: int):  # noqa: ANN202 - open_clip's own type
+def _tokenizer(context: int):
     from open_clip.tokenizer import SimpleTokenizer
 
     return SimpleTokenizer(context_length=context)

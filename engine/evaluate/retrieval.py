@@ -8,7 +8,7 @@ from .ranking import ranks_of_best, same, share_within
 
 
 def retrieval(images: Tensor, texts: Tensor, captions: list[str]) -> dict[str, dict[str, float]]:
-    """images, texts: unit vectors [n, E], row i of each from sample i. Samples with equal captions answer each other."""
+    """images, texts: unit vectors [n, E], row i from sample i. Samples with equal captions answer each other."""
     scores, correct = images @ texts.T, same(captions, captions)
     directions = {"image_to_text": scores, "text_to_image": scores.T}
     ranks = {name: ranks_of_best(matrix, correct) for name, matrix in directions.items()}

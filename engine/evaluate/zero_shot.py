@@ -9,7 +9,7 @@ from torch import Tensor
 from .ranking import ranks_of_best, same, share_within
 
 
-def class_weights(embed, classes: list[str], templates: list[str]) -> Tensor:  # noqa: ANN001
+def class_weights(embed, classes: list[str], templates: list[str]) -> Tensor:
     """One unit vector per class, the mean over prompts: [classes, E]. embed: texts -> unit vectors [n, E]."""
     by_template = [embed([template.replace("{}", name) for name in classes]) for template in templates]
     return F.normalize(torch.stack(by_template).mean(0), dim=-1)

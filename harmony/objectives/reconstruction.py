@@ -24,7 +24,7 @@ class ReconstructionConfig(ObjectiveConfig):
     crops: PositiveInt | None = None
     """How many global crops are reconstructed; null: all. Their losses add up, as in the authors' code."""
     position_embedding: Literal["sincos", "zeros"] = "sincos"
-    """The decoder's fixed positions. zeros: as the authors' code leaves them; all removed patches look the same then."""
+    """The decoder's fixed positions. zeros: as the authors' code leaves them; then all removed patches look alike."""
 
 
 @register("reconstruction")

@@ -12,7 +12,17 @@ from ..config import Fraction
 from ..heads import ProjectionHead
 from ..schedules import Clock, ramp_linear
 from ..views import Request, View, Views
-from .base import Center, Collectives, Features, Objective, ObjectiveConfig, Outcome, Surroundings, at_least_float, register
+from .base import (
+    Center,
+    Collectives,
+    Features,
+    Objective,
+    ObjectiveConfig,
+    Outcome,
+    Surroundings,
+    at_least_float,
+    register,
+)
 
 
 class SelfDistillationConfig(ObjectiveConfig):
@@ -73,7 +83,9 @@ class SelfDistillation(Objective):
     def build_head(self) -> ProjectionHead:
         """One head for class tokens and patches."""
         c = self.config
-        return ProjectionHead(self.around.image_width, c.hidden, c.bottleneck, c.prototypes, c.layers, c.patch_prototypes)
+        return ProjectionHead(
+            self.around.image_width, c.hidden, c.bottleneck, c.prototypes, c.layers, c.patch_prototypes
+        )
 
     def frozen_parameters(self, head: ProjectionHead) -> tuple[list[nn.Parameter], int]:
         """The prototypes, for the first epochs."""

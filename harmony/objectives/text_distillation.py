@@ -12,7 +12,17 @@ from ..config import Fraction
 from ..heads import ProjectionHead
 from ..schedules import Clock, ramp_linear
 from ..views import Request, View, Views
-from .base import Center, Collectives, Features, Objective, ObjectiveConfig, Outcome, Surroundings, at_least_float, register
+from .base import (
+    Center,
+    Collectives,
+    Features,
+    Objective,
+    ObjectiveConfig,
+    Outcome,
+    Surroundings,
+    at_least_float,
+    register,
+)
 
 
 class TextDistillationConfig(ObjectiveConfig):

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -87,7 +86,11 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
     assert any((undisturbed / "tensorboard").iterdir())
     weights = load_file(newest(undisturbed) / "weights.safetensors")
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights.values())
-    moved = [n for n in weights if n.startswith("teacher.") and not torch.equal(weights[n], weights[n.replace("teacher.", "student.")])]
+    moved = [
+        n
+        for n in weights
+        if n.startswith("teacher.") and not torch.equal(weights[n], weights[n.replace("teacher.", "student.")])
+    ]
     assert len(moved) > 20  # student and teacher have parted
 
 

@@ -1,0 +1,25 @@
+"""A malloc that keeps its pages. Training on the CPU allocates and frees the same large buffers every step; by default
+glibc returns them to the kernel and faults them in again, page by page, which can take as long as the arithmetic.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Large blocks come from the heap (mmap_max=0), which never shrinks (trim_threshold), grows in big steps (top_pad) and
+# is offered to the kernel for huge pages (hugetlb=1). Allocators other than glibc's ignore the variable.
+TUNABLES = {"mmap_max": "0", "trim_threshold": "1000000000000", "top_pad": "268435456", "hugetlb": "1"}
+VARIABLE = "GLIBC_TUNABLES"
+
+
+def keep_pages() -> None:
+    """Start this process again with `TUNABLES` (glibc reads them at the start only). The user's own settings stay."""
+    given = os.environ.get(VARIABLE, "")
+    missing = [
+        f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items() if f"glibc.malloc.{name}=" not in given
+    ]
+    if sys.platform != "linux" or not missing:
+        return
+    os.environ[VARIABLE] = ":".join(filter(None, [given, *missing]))
+    os.execv(sys.executable, [sys.executable, "-m", "harmony_fast.engine.cli", *sys.argv[1:]])
