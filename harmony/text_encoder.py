@@ -38,7 +38,7 @@ class TextConfig(Config):
 
 
 class CausalAttention(nn.Module):
-    """Multi-head causal self-attention inside each packed caption; parameters named as torch.nn.MultiheadAttention's."""
+    """Multi-head causal self-attention inside each packed caption; parameters as torch.nn.MultiheadAttention's."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -1,0 +1,145 @@
+"""The evaluation tasks against independent implementations on the same features."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from harmony_fast.engine.config import dump_config, parse_config
+from harmony_fast.engine.errors import UserError
+from harmony_fast.engine.evaluate import evaluate_run
+from harmony_fast.engine.evaluate.features import _finite
+from harmony_fast.engine.evaluate.knn import TEMPERATURE, knn
+from harmony_fast.engine.evaluate.ranking import ranks_of_best, same
+from harmony_fast.engine.evaluate.retrieval import retrieval
+from harmony_fast.engine.evaluate.zero_shot import class_weights, zero_shot
+from harmony_fast.harmony.model import Harmony
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.metrics import top_k_accuracy_score
+from sklearn.neighbors import KNeighborsClassifier
+from torch.nn.functional import normalize
+
+
+def unit(*shape: int, seed: int) -> torch.Tensor:
+    return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+@given(n=st.integers(15, 60), seed=st.integers(0, 99))
+def test_zero_shot_is_scikit_learns_top_k(n: int, seed: int) -> None:
+    classes = [f"class {i}" for i in range(12)]
+    images, weights = unit(n, 8, seed=seed), unit(12, 8, seed=seed + 100)
+    truth = np.arange(n) % 12
+    ours = zero_shot(images, weights, [classes[t] for t in truth], classes)
+    scores = (images @ weights.T).numpy()
+    for k in (1, 10):
+        assert ours[f"top{k}"] == pytest.approx(top_k_accuracy_score(truth, scores, k=k, labels=range(12)))
+
+
+@given(n=st.integers(11, 40), seed=st.integers(0, 99))
+def test_retrieval_is_top_k_accuracy_over_pairs(n: int, seed: int) -> None:
+    images, texts = unit(n, 8, seed=seed), unit(n, 8, seed=seed + 100)
+    ours = retrieval(images, texts, [f"caption {i}" for i in range(n)])
+    for name, scores in (("image_to_text", images @ texts.T), ("text_to_image", texts @ images.T)):
+        for k in (1, 5, 10):
+            expected = top_k_accuracy_score(np.arange(n), scores.numpy(), k=k, labels=range(n))
+            assert ours[name][f"r{k}"] == pytest.approx(expected)
+
+
+@given(n=st.integers(5, 40), k=st.integers(1, 12), seed=st.integers(0, 99))
+def test_knn_is_scikit_learns_with_the_same_weights(n: int, k: int, seed: int) -> None:
+    queries, bank = unit(n, 6, seed=seed), unit(30, 6, seed=seed + 100)
+    bank_labels, labels = [f"l{i % 4}" for i in range(30)], [f"l{i % 5}" for i in range(n)]
+    theirs = KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / TEMPERATURE)
+    ).fit(bank.numpy(), bank_labels)
+    expected = np.mean(theirs.predict(queries.numpy()) == np.array(labels))
+    assert knn(3 * queries, labels, bank * 2, bank_labels, k)["top1"] == pytest.approx(expected)
+
+
+def test_a_collapsed_model_scores_nothing() -> None:
+    """Equal scores everywhere must rank last, not first."""
+    same_everywhere = torch.ones(20, 4) / 2
+    names = [str(i) for i in range(20)]
+    assert zero_shot(same_everywhere, same_everywhere, names, names) == {"top1": 0, "top10": 0}
+    assert retrieval(same_everywhere, same_everywhere, names)["image_to_text"] == {"r1": 0, "r5": 0, "r10": 0}
+    with pytest.raises(UserError, match="not finite"):
+        _finite(torch.tensor([1.0, float("nan")]), "features")
+
+
+def test_equal_captions_answer_each_other() -> None:
+    scores = torch.tensor([[0.1, 0.9, 0.5], [0.2, 0.3, 0.4], [0.9, 0.1, 0.2]])
+    assert ranks_of_best(scores, same(["a", "a", "b"], ["a", "a", "b"])).tolist() == [0, 1, 1]
+
+
+def test_prompts_are_averaged() -> None:
+    table = {"a cat": [1.0, 0.0], "the cat": [0.0, 1.0]}
+    weights = class_weights(lambda texts: torch.tensor([table[t] for t in texts]), ["cat"], ["a {}", "the {}"])
+    torch.testing.assert_close(weights, torch.full((1, 2), 0.5**0.5))
+
+
+@pytest.fixture
+def run_folder(
+    tiny: dict, tmp_path: Path, picture: Callable[..., Image.Image], encoded: Callable[..., bytes], tar: Callable
+) -> Path:
+    """A run of an untrained model, with a labelled set of 12 pictures."""
+    files = []
+    for i in range(12):
+        label = json.dumps({"name": f"thing {i}", "subcategory": f"kind {i % 3}"}).encode()
+        files += [
+            (f"{i}.png", encoded(picture(i, 40, 30), "PNG")),
+            (f"{i}.txt", f"thing {i}".encode()),
+            (f"{i}.json", label),
+        ]
+    path = str(tar("set.tar", files))
+    tiny["evaluate"] = {"data": [path], "bank": [path]}
+    config = parse_config(tiny, "test")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint.parent / "latest").write_text(checkpoint.name)
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
+    save_file(Harmony(config).state_dict(), checkpoint / "weights.safetensors")
+    return tmp_path / "run"
+
+
+def test_metrics_have_the_promised_shape(run_folder: Path) -> None:
+    evaluate_run(run_folder, [], [])
+    metrics = json.loads((run_folder / "metrics.json").read_text())
+    recalls = {"r1", "r5", "r10"}
+    assert metrics["zero_shot"].keys() == {"top1", "top10"}
+    assert metrics["retrieval"].keys() == {"image_to_text", "text_to_image"}
+    assert all(direction.keys() == recalls for direction in metrics["retrieval"].values())
+    assert metrics["knn"].keys() == {"top1"}
+    # every query is its own nearest neighbour in the bank
+    assert evaluate_run(run_folder, ["knn"], ["evaluate.neighbours=1"])["knn"]["top1"] == 1.0
+    assert json.loads((run_folder / "metrics.json").read_text()).keys() == {"zero_shot", "retrieval", "knn"}
+
+
+@pytest.mark.parametrize(("tasks", "settings", "message"), [
+    (["sleep"], [], "unknown task 'sleep'; one of zero-shot"),
+    ([], ["evaluate.data=[]"], "evaluate.data is empty"),
+    (["knn"], ["evaluate.group_key=colour"], "has no label 'colour'; it has: name, subcategory"),
+    (["knn"], ["evaluate.bank=[]"], "this run cannot do knn"),
+    ([], ["evaluate.data=[nowhere.tar]"], "nowhere.tar"),
+    ([], ["evaluate.dta=[x]"], "did you mean 'evaluate.data'"),
+])  # fmt: skip
+def test_mistakes_are_named(run_folder: Path, tasks: list[str], settings: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        evaluate_run(run_folder, tasks, settings)
+    assert message in str(error.value)
+
+
+def test_what_is_no_run_is_named(tmp_path: Path, run_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"not a run folder"):
+        evaluate_run(tmp_path, [], [])
+    weights = run_folder / "checkpoints" / "step-00000001" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be read"):
+        evaluate_run(run_folder, [], [])
+    (run_folder / "checkpoints" / "latest").unlink()
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        evaluate_run(run_folder, [], [])
