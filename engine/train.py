@@ -60,7 +60,7 @@ def train(config: RunConfig) -> None:
             clock = Clock(done, loader.steps_per_epoch, config.epochs)
             scalars = scalars_at(config, clock)
 
-            output = zero.engine(views, clock, ranks)
+            output = zero.forward(views, clock, ranks)
             if zero.step(output.loss, scalars, clock):
                 ema.update(scalars.ema_momentum)
                 model.end_step(ranks)

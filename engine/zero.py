@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..harmony.model import Harmony
+from ..harmony.model import Harmony, StepOutput
 from ..harmony.objectives.base import Center
 from ..harmony.schedules import Clock, warmup_cosine
 from ..harmony.teacher import twins
+from ..harmony.views import Views
 from .config import RunConfig
 from .distributed import Ranks
+from .half_on_cpu import products_for
 
 
 @dataclass
@@ -97,12 +99,18 @@ class Zero:
             model=model, optimizer=optimizer, config=deepspeed_config(config, ranks.world_size)
         )
         self.model, self.groups = model, groups
+        self._products = products_for(ranks.device, self.dtype)
         _restore_precise_state(model)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the compute copy of the parameters."""
         return self.optimizer.dtype
+
+    def forward(self, views: Views, clock: Clock, ranks: Ranks) -> StepOutput:
+        """The losses of this rank's samples."""
+        with self._products:
+            return self.engine(views, clock, ranks)
 
     def step(self, loss: Tensor, scalars: Scalars, clock: Clock) -> bool:
         """Backward, reduction, clipping, AdamW. Returns whether the step was taken (fp16 skips at an overflow)."""
@@ -112,7 +120,8 @@ class Zero:
             live["weight_decay"] = scalars.weight_decay if group["decayed"] and not frozen else 0.0
             if group["frozen_epochs"] and not frozen and clock.step == group["frozen_epochs"] * clock.steps_per_epoch:
                 self._forget(live)
-        self.engine.backward(loss)
+        with self._products:
+            self.engine.backward(loss)
         self.engine.step()
         self._clamp()
         return self.engine.was_step_applied()

