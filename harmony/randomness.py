@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     PIXEL_MASK = 4
     CAPTION_MASK = 5
     DROP_PATH = 6
+    CAPTION_CUT = 7
 
 
 def _signed(value: int) -> int:

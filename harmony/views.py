@@ -79,6 +79,11 @@ class ViewsConfig(Config):
     """Share of patches removed for the reconstruction (MAE)."""
     caption_mask_ratio: Fraction = 0.2
     """Probability of a word to be replaced by the mask id; start, end and padding never are."""
+    caption_cut_ratio: Fraction = 0.0
+    """Probability that a caption is cut after its first phrase, so that short texts, such as class names, are seen in
+    training too (sub-caption sampling, as DreamLIP has it)."""
+    caption_separators: tuple[int, ...] = (267, 269, 282)
+    """Token ids that end a phrase: in open_clip's vocabulary comma, full stop and semicolon as tokens of their own."""
 
 
 def crop_boxes(keys: Tensor, height: Tensor, width: Tensor, count: int, scale: Range, aspect: Range) -> Tensor:
@@ -173,6 +178,18 @@ def split_by_noise(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 def caption_lengths(tokens: Tensor) -> Tensor:
     """Number of tokens up to and with the end id, which is the largest id: int64 [B, C] -> int64 [B]."""
     return tokens.argmax(-1) + 1
+
+
+def cut_captions(keys: Tensor, tokens: Tensor, ratio: float, separators: tuple[int, ...]) -> Tensor:
+    """Cut captions, each with probability `ratio`, after their first phrase: the end id takes the place of the first
+    separator, zeros follow. A caption without a separator, or that begins with one, stays. int64 [B, C] -> [B, C].
+    """
+    ends = torch.isin(tokens, torch.tensor(separators))
+    place = ends.to(torch.int8).argmax(1)
+    chosen = (uniform(keys, 1)[:, 0] < ratio) & (place > 1)
+    position = torch.arange(tokens.shape[1])
+    last = torch.where(position == place[:, None], tokens.amax(1, keepdim=True), 0)
+    return torch.where(chosen[:, None] & (position >= place[:, None]), last, tokens)
 
 
 def caption_masks(keys: Tensor, lengths: Tensor, context: int, ratio: float) -> Tensor:
@@ -276,6 +293,8 @@ def draw_views(
         config.block_aspect,
     )  # fmt: skip
     kept, removed = pixel_masks(split(keys(Purpose.PIXEL_MASK), crops).T, side * side, config.pixel_mask_ratio)
+    if config.caption_cut_ratio:
+        tokens = cut_captions(keys(Purpose.CAPTION_CUT), tokens, config.caption_cut_ratio, config.caption_separators)
     lengths = caption_lengths(tokens)
     words = caption_masks(keys(Purpose.CAPTION_MASK), lengths, tokens.shape[1], config.caption_mask_ratio)
     return assemble(global_crops, local_crops, tokens, block, kept, removed, words, keys(Purpose.DROP_PATH))

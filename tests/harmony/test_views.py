@@ -6,15 +6,18 @@ import torch
 from harmony_fast.harmony.randomness import Purpose, mix, sample_keys, split, uniform
 from harmony_fast.harmony.views import (
     View,
+    ViewsConfig,
     block_masks,
     caption_lengths,
     caption_masks,
     crop_boxes,
+    cut_captions,
     pixel_masks,
     union,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from open_clip.tokenizer import SimpleTokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 index = torch.arange(2000)
@@ -110,6 +113,17 @@ def test_only_words_are_masked() -> None:
     words = (position > 0) & (position < lengths[:, None] - 1)
     assert not (mask & ~words).any()
     assert abs(mask.sum() / words.sum() - 0.2) < 0.03
+
+
+def test_captions_are_cut_after_their_first_phrase() -> None:
+    captions = ["french fries, fries", "om, om symbol", "factory", ", odd"]
+    tokens = SimpleTokenizer(context_length=12)(captions)
+    expected = SimpleTokenizer(context_length=12)(["french fries", "om", "factory", ", odd"])
+    keys = sample_keys(0, 0, torch.arange(4), Purpose.CAPTION_CUT)
+    assert torch.equal(cut_captions(keys, tokens, 1.0, ViewsConfig().caption_separators), expected)
+    assert torch.equal(cut_captions(keys, tokens, 0.0, ViewsConfig().caption_separators), tokens)
+    many = cut_captions(sample_keys(0, 0, index, Purpose.CAPTION_CUT), tokens[:1].repeat(2000, 1), 0.3, (267,))
+    assert abs((caption_lengths(many) == 4).float().mean() - 0.3) < 0.04
 
 
 def test_union_of_requests() -> None:
