@@ -125,7 +125,9 @@ def prepare_run_folder(config: RunConfig, ranks: Ranks) -> None:
     if ranks.is_main:
         try:
             config.run_dir.mkdir(parents=True, exist_ok=True)
-            path.write_text(dump_config(config), encoding="utf-8")
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(dump_config(config), encoding="utf-8")
+            temporary.replace(path)
         except OSError as error:
             raise UserError(f"run_dir {config.run_dir}: cannot be written: {error.strerror}") from None
     ranks.barrier()

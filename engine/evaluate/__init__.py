@@ -36,10 +36,18 @@ def evaluate_run(run_dir: Path, tasks: list[str], overrides: list[str]) -> dict[
     config = with_overrides(config, overrides)
     metrics = evaluate_model(config, model, tasks)
     path = run_dir / "metrics.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps({**known, **metrics}, indent=1) + "\n")
+    path.write_text(json.dumps({**known_metrics(path), **metrics}, indent=1) + "\n")
     Console().print(as_table(metrics))
     return metrics
+
+
+def known_metrics(path: Path) -> dict[str, Any]:
+    """The metrics of other tasks, from earlier calls; a damaged file counts as none."""
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def evaluate_model(config: RunConfig, model: Harmony, tasks: list[str]) -> dict[str, Any]:
