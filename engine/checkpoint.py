@@ -2,6 +2,9 @@
 
 checkpoints/latest                    the name of the newest complete checkpoint
 checkpoints/step-00000200/            DeepSpeed's files, ema-rank-*.pt, progress.json, weights.safetensors
+
+A checkpoint whose progress.json has `"ranks": null` holds weights only: training starts from them on any number of
+ranks, with a fresh optimizer.
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ from torch import Tensor
 from ..harmony.model import Harmony
 from .config import RunConfig, load_config
 from .distributed import Ranks
-from .ema import ShardedEma, gather_shards, unflatten
+from .ema import ShardedEma
 from .errors import UserError
+from .resharding import take_moments
 from .zero import Zero
 
 WEIGHTS = "weights.safetensors"
@@ -45,11 +49,14 @@ class Checkpoints:
             str(self.folder), tag=temporary.name, save_latest=False, client_state={"step": step}
         )
         torch.save(ema.shards, temporary / f"ema-rank-{self._ranks.rank}.pt")
-        weights = consolidated_weights(zero, ema, self._ranks)
+        weights = consolidated_weights(zero, ema)
         self._ranks.barrier()
         if self._ranks.is_main:
             save_file(weights, temporary / WEIGHTS, {"step": str(step)})
-            progress = {"step": step, "ranks": self._ranks.world_size}
+            progress = {
+                "step": step, "ranks": self._ranks.world_size, "stage": zero.config.zero.stage,
+                "adam_steps": zero.step_counts(),
+            }  # fmt: skip
             (temporary / "progress.json").write_text(json.dumps(progress))
             self._publish(temporary, final)
         self._ranks.barrier()
@@ -64,13 +71,19 @@ class Checkpoints:
         return found if (found / "progress.json").is_file() else None
 
     def load(self, path: Path, zero: Zero, ema: ShardedEma) -> int:
-        """Restore a checkpoint; returns the optimizer steps done. Raises UserError for another number of ranks."""
+        """Restore a checkpoint, of any number of ranks and any ZeRO stage; returns the optimizer steps done.
+
+        Raises UserError if its optimizer states cannot be cut for these ranks (8-bit states).
+        """
         progress = json.loads((path / "progress.json").read_text())
-        if progress["ranks"] != self._ranks.world_size:
-            raise UserError(
-                f"{path}: saved by {progress['ranks']} rank(s), resumed with {self._ranks.world_size}; "
-                f"use --ranks {progress['ranks']}"
-            )
+        if progress["ranks"] is None:
+            start_from(load_file(path / WEIGHTS), zero, ema)
+            return progress["step"]
+        layout = [self._ranks.world_size, zero.config.zero.stage]
+        if [progress["ranks"], progress["stage"]] != layout:
+            start_from(load_file(path / WEIGHTS), zero, ema)
+            take_moments(path, progress["adam_steps"], zero, self._ranks)
+            return progress["step"]
         zero.engine.load_checkpoint(str(self.folder), tag=path.name)
         shards = torch.load(
             path / f"ema-rank-{self._ranks.rank}.pt", map_location=self._ranks.device, weights_only=True
@@ -93,12 +106,39 @@ class Checkpoints:
             shutil.rmtree(old)
 
 
-def consolidated_weights(zero: Zero, ema: ShardedEma, ranks: Ranks) -> dict[str, Tensor]:
+def write_weights_only(run_dir: Path, step: int, weights: dict[str, Tensor]) -> Path:
+    """A checkpoint of weights alone, under the model's state names, for a run that counts `step` steps as done."""
+    folder = run_dir / "checkpoints"
+    temporary, final = folder / f".step-{step:08d}.incomplete", folder / f"step-{step:08d}"
+    temporary.mkdir(parents=True)
+    save_file(weights, temporary / WEIGHTS, {"step": str(step)})
+    (temporary / "progress.json").write_text(json.dumps({"step": step, "ranks": None}))
+    temporary.rename(final)
+    (folder / "latest").write_text(final.name)
+    return final
+
+
+@torch.no_grad()
+def start_from(weights: dict[str, Tensor], zero: Zero, ema: ShardedEma) -> None:
+    """Put whole weights into the compute copies, and unrounded into this rank's fp32 master and EMA shards."""
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    with GatheredParameters(list(zero.model.parameters()), modifier_rank=0):
+        zero.model.load_state_dict(weights)
+    teacher = []
+    for shard in zero.partition.shards():
+        own = [zero.names[id(parameter)] for parameter in shard.parameters]
+        shard.master.copy_(zero.partition.cut([weights[name] for name in own], shard))
+        if shard.group["twin"]:
+            twins = [weights[name.replace("student.", "teacher.", 1)] for name in own]
+            teacher.append(zero.partition.cut(twins, shard))
+    ema.load(teacher)
+
+
+def consolidated_weights(zero: Zero, ema: ShardedEma) -> dict[str, Tensor]:
     """The whole model in fp32 on the host, under the model's state names. All ranks must call."""
     state = {name: value.detach().float().cpu() for name, value in zero.model.state_dict().items()}
-    names = {id(parameter): name for name, parameter in zero.model.named_parameters()}
-    for _, parameters, shard in zero.shards():
-        state.update(unflatten(gather_shards(shard, ranks), [(names[id(p)], p.shape) for p in parameters]))
+    state.update(zero.weights())
     state.update(ema.full_precision())
     return {name: value.clone() for name, value in state.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -26,23 +27,51 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=val
 @app.command()
 def prepare(
     sources: Annotated[
-        list[str], typer.Argument(help="Webdataset tars (globs allowed), last the .beton file to write.")
-    ],
+        list[str] | None,
+        typer.Argument(
+            metavar="SRC... OUT.beton",
+            help="Webdataset tars (globs and {00..99} allowed), folders of tars, folder trees of images with .txt or "
+            ".json, CSV/TSV/parquet tables with paths; last the file to write.",
+        ),
+    ] = None,
+    verify: Annotated[Path | None, typer.Option(help="Only check every sample of this .beton file.")] = None,
     max_side: Annotated[int, typer.Option(help="Larger images are reduced to this longer side, pixels.")] = 512,
     min_side: Annotated[int, typer.Option(help="Images with a smaller side are left out.")] = 8,
     quality: Annotated[int, typer.Option(help="JPEG quality where an image must be encoded.")] = 92,
     context: Annotated[int, typer.Option(help="Tokens per caption, start and end included.")] = 77,
-    workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
+    tokenizer: Annotated[
+        str, typer.Option(help="clip, the name of an open_clip model, or a file of byte-pair merges as CLIP's.")
+    ] = "clip",
+    captions: Annotated[
+        str, typer.Option(help="Of several captions of an image: keep one (the first), or all (training draws one).")
+    ] = "one",
+    dedup: Annotated[bool, typer.Option("--dedup", help="Leave out images whose file is an earlier one's.")] = False,
+    where: Annotated[
+        str | None, typer.Option(help='Keep samples whose metadata fulfil this: "punsafe < 0.3 and width > 200".')
+    ] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of image paths, where its name is unusual.")] = None,
+    caption_column: Annotated[
+        list[str] | None, typer.Option(help="Column of captions, where its name is unusual; may be given repeatedly.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one per core.")] = None,
     limit: Annotated[int | None, typer.Option(help="Stop after this many samples.")] = None,
 ) -> None:
-    """Turn image-caption data into one .beton file: SRC... OUT.beton."""
+    """Turn image-caption data into one .beton file, or check one."""
+    if verify is not None:
+        from .data.verify import verify as check
+
+        if sources:
+            raise UserError("--verify FILE stands alone: give no sources with it")
+        print(f"{verify}: {check(verify, workers):,} samples, all good")
+        return
     from .data.prepare import prepare as run
 
-    if len(sources) < 2 or not sources[-1].endswith(".beton"):
+    if not sources or len(sources) < 2 or not sources[-1].endswith(".beton"):
         raise UserError("give at least one source and then the file to write: prepare SRC... OUT.beton")
     run(
         sources[:-1], Path(sources[-1]), context=context, max_side=max_side, min_side=min_side, quality=quality,
-        workers=workers, limit=limit,
+        workers=workers, limit=limit, tokenizer=tokenizer, captions=captions, dedup=dedup, where=where,
+        image_column=image_column, caption_columns=caption_column or (),
     )  # fmt: skip
 
 
@@ -90,11 +119,60 @@ def evaluate(
 
 
 @app.command()
+def convert(
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="SRC... DEST [KEY=VALUE]...", help="Checkpoints and a run folder, or a run and a .pth."),
+    ],
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads of the image tower; else width / 64.")
+    ] = None,
+    step: Annotated[int, typer.Option(min=0, help="Optimizer steps that count as done when training goes on.")] = 0,
+) -> None:
+    """Checkpoints of the authors' code into a run folder (CKPT.pth... RUN_DIR), and back (RUN_DIR OUT.pth)."""
+    from .convert import from_run, to_run
+
+    paths, overrides = [Path(w) for w in words if "=" not in w], [w for w in words if "=" in w]
+    if len(paths) < 2:
+        raise UserError("say what from and what to: convert CKPT.pth RUN_DIR, or convert RUN_DIR OUT.pth")
+    if paths[0].is_dir():
+        for name in from_run(paths[0], paths[1]):
+            print(f"has no place there: {name}")
+        print(paths[1])
+        return
+    config, became = to_run(paths[:-1], paths[-1], overrides, heads, step)
+    print(*became.lines(paths[-1]), sep="\n")
+    print(f"objectives: {', '.join(config.objectives.active())}; training data: {config.data.train}")
+    print(paths[-1])
+
+
+@app.command()
 def report(run: Run) -> None:
     """One HTML page with curves, metrics and pictures."""
     from .report import write_report
 
     print(write_report(run))
+
+
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print plain data.")] = False,
+) -> None:
+    """What this machine has, which backend each kernel will use, and why; fails if something needed is broken."""
+    from .doctor import run
+
+    raise typer.Exit(run(as_json=json))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="kernels, aot, ...; `bench NAME --help` says more.")] = "--help",
+) -> None:
+    """Benchmarks: a table, and JSON and plots in bench/results."""
+    # By name: benchmarks use the engine, and the engine knows of none of them.
+    package = importlib.import_module("harmony_fast.bench")
+    raise typer.Exit(package.run(name, context.args))
 
 
 def train_here(config: Any) -> None:
@@ -106,10 +184,11 @@ def train_here(config: Any) -> None:
 
 def ensure_data(config: Any) -> None:
     """Make the training file if it is missing and the configuration says what from."""
-    if not config.data.train.exists() and config.data.prepare_from:
+    train = config.data.train
+    if isinstance(train, Path) and not train.exists() and config.data.prepare_from:
         from .data.prepare import prepare as run
 
-        run(config.data.prepare_from, config.data.train, context=config.model.text.context)
+        run(config.data.prepare_from, train, context=config.model.text.context)
 
 
 def _guarded(function: Any, *arguments: Any) -> None:

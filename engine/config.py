@@ -3,6 +3,7 @@ valid one."""
 
 from __future__ import annotations
 
+import copy
 import difflib
 import types
 import typing
@@ -16,6 +17,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -26,6 +28,9 @@ from .errors import UserError
 
 # What `reference_compat: true` sets where the configuration says nothing: the authors' code, not its intention.
 REFERENCE_COMPAT = {
+    "optimizer.clip": "parameter",
+    "optimizer.clip_only": ["student.image.", "student.heads.self_distillation."],
+    "views.pixel_mask_ratio_by_epoch": True,
     "objectives.contrastive.max_logit_scale": None,
     "objectives.self_distillation.temperature_by_epoch": True,
     "objectives.self_distillation.patch_center": "all",
@@ -38,15 +43,56 @@ REFERENCE_COMPAT = {
 class DataConfig(Config):
     """Where the samples come from, and how many make a batch."""
 
-    train: Path
-    """The .beton file to train on (made by `harmony-fast prepare`)."""
+    train: Path | list[str]
+    """The .beton file to train on (made by `harmony-fast prepare`), or a list of such files that are one data set;
+    with `loader: webdataset` tars: paths, globs, brace ranges, addresses (https://, s3://), `pipe:` commands."""
     prepare_from: list[str] = Field(default=[])
     """Webdataset tars that `train` is made from when it does not exist yet."""
+    loader: Literal["ffcv", "webdataset"] = "ffcv"
+    """ffcv: .beton files; webdataset: tars as they are, near or far, decoded by PIL."""
+    order: Literal["auto", "random", "quasi_random"] = "auto"
+    """Of the samples in an epoch, for .beton files. quasi_random reads the disk in large pieces; auto: where the files
+    are larger than memory."""
+    reading: Literal["auto", "page_cache", "direct"] = "auto"
+    """Of .beton files: mapped and kept by the page cache, or read as needed; auto: direct where larger than memory."""
+    samples: PositiveInt | None = None
+    """With `loader: webdataset`: samples in all shards; null: as img2dataset's _stats.json beside the shards say."""
+    tokenizer: str = "clip"
+    """With `loader: webdataset`: as for `harmony-fast prepare --tokenizer`."""
+    captions: Literal["one", "all"] = "one"
+    """With `loader: webdataset`: of several captions of an image use the first, or draw one in each epoch."""
+    shuffle: PositiveInt = 4096
+    """With `loader: webdataset`: samples in memory, of all ranks together, that are shuffled."""
+    cache_dir: Path | None = None
+    """With `loader: webdataset`: folder for shards from afar; null: they are read from afar in every epoch."""
+    cache_gib: PositiveFloat = 50.0
+    """Size of that folder at most, GiB; what was not used for the longest time goes first."""
     batch_size: PositiveInt = 768
     """Samples of an optimizer step, over all ranks."""
+    micro_batch_size: PositiveInt | None = None
+    """Samples of one forward and backward pass on one rank; null: all of the rank's. Gradients are accumulated; the
+    contrastive loss still compares the whole batch."""
     workers: PositiveInt | None = None
     """Decoding threads per rank; null: the processor cores divided among the ranks."""
     augment: AugmentConfig = AugmentConfig()
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _addresses_are_no_paths(cls, given: Any) -> Any:
+        """A path would make one slash of the two in an address."""
+        return [given] if isinstance(given, str) and ("://" in given or given.startswith("pipe:")) else given
+
+    @field_validator("train")
+    @classmethod
+    def _names_something(cls, given: Path | list[str]) -> Path | list[str]:
+        if given == []:
+            raise ValueError("names no file")
+        return given
+
+    @property
+    def sources(self) -> list[str]:
+        """`train` as a list, whatever its form."""
+        return self.train if isinstance(self.train, list) else [str(self.train)]
 
 
 class OptimizerConfig(Config):
@@ -63,18 +109,53 @@ class OptimizerConfig(Config):
     """Weight decay moves from the one to the other along a cosine."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
     eps: PositiveFloat = 1e-6
+    states: Literal["fp32", "8bit"] = "fp32"
+    """Precision of AdamW's moments; 8bit: bitsandbytes' block-wise quantised AdamW."""
     clip_grad: NonNegativeFloat = 3.0
-    """Largest global norm of the gradient; 0: no clipping."""
+    """Largest norm of the gradient; 0: no clipping."""
+    clip: Literal["global", "parameter"] = "global"
+    """Whose norm: all parameters' together, or each parameter's by itself (the authors' code; ZeRO stages 0 to 2)."""
+    clip_only: list[str] = Field(default=[])
+    """With `clip: parameter`: clip only parameters whose names begin with one of these; none: all."""
     ema_momentum: Fraction = 0.996
     ema_momentum_end: Fraction = 1.0
     """Momentum of the EMA teacher moves from the one to the other along a cosine."""
 
 
 class ZeroConfig(Config):
-    """What DeepSpeed shards over the ranks."""
+    """What DeepSpeed shards over the ranks, and what it keeps in host memory."""
 
-    stage: Literal[1, 2] = 1
-    """1: optimizer states and EMA; 2: gradients too."""
+    stage: Literal[0, 1, 2, 3] = 1
+    """0: nothing is sharded; 1: optimizer states and EMA; 2: gradients too; 3: parameters too, also the teacher's."""
+    offload_optimizer: bool = False
+    """Keep optimizer states and fp32 weights in host memory and step there (DeepSpeedCPUAdam); stages 1 to 3."""
+    offload_parameters: bool = False
+    """Keep the parameters in host memory between uses; stage 3."""
+
+
+class KernelsConfig(Config):
+    """Which backend computes each kernel; HARMONY_FAST_KERNELS overrides all of them. `harmony-fast doctor` explains.
+
+    auto: triton where it can (NVIDIA GPUs), else torch. triton, xformers: an error where they cannot.
+    """
+
+    attention: Literal["auto", "triton", "torch", "xformers"] = "auto"
+    """Attention over packed sequences."""
+    contrastive: Literal["auto", "triton", "torch"] = "auto"
+    """The CLIP loss with hard and soft targets."""
+    prototype_ce: Literal["auto", "triton", "torch"] = "auto"
+    """Last layer and cross-entropy of the self-distillation heads."""
+    ema: Literal["auto", "triton", "torch"] = "auto"
+    """Moving average of the teacher with its low-precision copy."""
+
+
+class CheckpointingConfig(Config):
+    """Activation checkpointing: which blocks keep only their input and run again in the backward pass."""
+
+    image: int = Field(0, ge=0)
+    """Every how many blocks of the image tower and of the pixel decoder; 0: none, 1: all."""
+    text: int = Field(0, ge=0)
+    """Every how many blocks of the text tower and of the masked-word decoder."""
 
 
 class EvaluateConfig(Config):
@@ -113,25 +194,57 @@ class RunConfig(MethodConfig):
     """How many of the newest checkpoints stay."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of forward and backward passes; optimizer and EMA are fp32 always."""
+    pass_mode: Literal["packed", "split"] = Field("packed", alias="pass")
+    """packed: one student pass for all objectives; split: one for each group of objectives that share no view, each
+    with its own backward pass, so that less is held at a time. The gradients are the same."""
+    activation_checkpointing: CheckpointingConfig = CheckpointingConfig()
     reference_compat: bool = False
     """Do what the authors' code does wherever that differs from what was meant (see REFERENCE_COMPAT)."""
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     zero: ZeroConfig = ZeroConfig()
+    deepspeed: dict[str, Any] = Field(default={})
+    """Merged into the generated DeepSpeed configuration, for experts; the result is written to the run folder."""
     evaluate: EvaluateConfig = EvaluateConfig()
+    kernels: KernelsConfig = KernelsConfig()
 
     @model_validator(mode="before")
     @classmethod
     def _reference_compat(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("reference_compat") is True:
+            given = copy.deepcopy(given)
             for key, value in REFERENCE_COMPAT.items():
                 *path, last = key.split(".")
                 node: Any = given
                 for part in path:
-                    node = node.get(part) if isinstance(node, dict) else None
+                    if isinstance(node, dict) and path[0] != "objectives":
+                        node.setdefault(part, {})
+                    node = node.get(part) if isinstance(node, dict) else None  # an objective that is off stays off
                 if isinstance(node, dict):
                     node.setdefault(last, value)
         return given
+
+    @model_validator(mode="after")
+    def _combination_works(self) -> RunConfig:
+        stage, offload = self.zero.stage, self.zero.offload_optimizer
+        refused = {
+            "zero.offload_optimizer needs zero.stage 1, 2 or 3": offload and stage == 0,
+            "zero.offload_parameters needs zero.stage 3": self.zero.offload_parameters and stage != 3,
+            "optimizer.states 8bit has no host version: set zero.offload_optimizer false or states fp32": (
+                offload and self.optimizer.states == "8bit"
+            ),
+            "optimizer.clip parameter needs zero.stage 0, 1 or 2: stage 3 gives no access to whole gradients": (
+                self.optimizer.clip == "parameter" and stage == 3
+            ),
+            "optimizer.clip parameter cannot be used with zero.offload_optimizer": (
+                self.optimizer.clip == "parameter" and offload
+            ),
+            "precision fp16 needs zero.stage 1, 2 or 3 for its loss scaling": self.precision == "fp16" and stage == 0,
+        }
+        for message, applies in refused.items():
+            if applies:
+                raise ValueError(message)
+        return self
 
     @model_validator(mode="after")
     def _templates_have_a_place(self) -> RunConfig:
@@ -142,18 +255,22 @@ class RunConfig(MethodConfig):
 
 
 def load_config(path: Path, overrides: list[str] = []) -> RunConfig:  # noqa: B006 - never changed
-    """Read a YAML file, apply `a.b=value` overrides, check everything. Raises UserError with one line per problem."""
-    raw = _read_yaml(path)
+    """Read a YAML file, apply `a.b=value` overrides, check everything. Raises UserError with one line per problem.
+
+    The file may name another one to start from (`base: ../cc3m.yaml`, seen from its own folder): its keys replace the
+    base's one by one, null included, which switches an objective off.
+    """
+    raw = _read_with_base(path)
     for override in overrides:
-        _apply(raw, override)
+        apply_override(raw, override)
     return parse_config(raw, str(path))
 
 
 def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
     """A copy with `a.b=value` settings applied and checked. Raises UserError."""
-    raw = config.model_dump(mode="json")
+    raw = config.model_dump(mode="json", by_alias=True)
     for override in overrides:
-        _apply(raw, override)
+        apply_override(raw, override)
     return parse_config(raw, "settings")
 
 
@@ -168,13 +285,35 @@ def parse_config(raw: dict[str, Any], origin: str) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
 
 
 def differences(one: RunConfig, other: RunConfig) -> list[str]:
     """Keys (dotted) whose values differ."""
-    left, right = _flat(one.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
+    left, right = _flat(one.model_dump(mode="json", by_alias=True)), _flat(other.model_dump(mode="json", by_alias=True))
     return [key for key in left | right if left.get(key) != right.get(key)]
+
+
+def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file's keys on top of those of its base. above: the files that led here."""
+    if path.resolve() in above:
+        raise UserError(f"{path}: is its own base ({' -> '.join(p.name for p in above)})")
+    raw = _read_yaml(path)
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise UserError(f"{path}: 'base' must be the path of a configuration file (given: {base!r})")
+    return _merged(_read_with_base(path.parent / base, (*above, path.resolve())), raw)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested plain data with the keys of `above` in place of those of `below`."""
+    both = {
+        key: _merged(below[key], value) if isinstance(value, dict) and isinstance(below.get(key), dict) else value
+        for key, value in above.items()
+    }
+    return {**below, **both}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -191,7 +330,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
     """Set one dotted key in nested plain data."""
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -234,7 +373,7 @@ def _valid_keys(location: tuple[str, ...]) -> list[str]:
         field = getattr(model, "model_fields", {}).get(part)
         candidates = _members(field.annotation) if field else []
         model = next((c for c in candidates if hasattr(c, "model_fields")), None)
-    return sorted(model.model_fields) if model is not None else []
+    return sorted(field.alias or name for name, field in model.model_fields.items()) if model is not None else []
 
 
 def _members(annotation: Any) -> list[Any]:

@@ -13,13 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from ..harmony.randomness import Purpose, sample_keys, split
+from ..harmony.schedules import Clock
 from ..harmony.views import Range, Views, crop_boxes
 from .config import RunConfig
 from .data.batch import RawBatch
 from .data.beton import open_beton
 from .data.labelled import LabelledSample, read_labelled
 from .data.parts import tokenize
-from .data.views import make_views
+from .data.views import StepViews
 from .errors import UserError
 from .evaluate.features import pixels
 
@@ -96,7 +97,7 @@ def _from_labelled(config: RunConfig, samples: list[LabelledSample], count: int,
         source=source,
         names=[display_name(s, config) for s in chosen],
         captions=[s.caption for s in chosen],
-        views=make_views(config, RawBatch(*crops, tokens, index), epoch=0),
+        views=StepViews(config, RawBatch(*crops, tokens, index), Clock(0, 1, 1))[0],
         whole=torch.stack([pixels(s.image, config) for s in chosen]),
     )
 
@@ -112,7 +113,8 @@ def _from_training(config: RunConfig, count: int) -> Gallery:
     mean, std = normalisation(config)
     whole = (raw.global_crops[:, 0].permute(0, 3, 1, 2) / 255 - mean) / std
     captions = [readable(row[1:length]) for row, length in zip(raw.tokens, _words_end(raw.tokens), strict=True)]
-    return Gallery("data.train (no held-out samples)", names, captions, make_views(config, raw, epoch=0), whole)
+    views = StepViews(config, raw, Clock(0, 1, 1))[0]
+    return Gallery("data.train (no held-out samples)", names, captions, views, whole)
 
 
 def cut_crops(images: list[Image.Image], index: Tensor, config: RunConfig) -> tuple[Tensor, Tensor]:

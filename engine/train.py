@@ -11,14 +11,18 @@ from pathlib import Path
 
 import torch
 
+from ..harmony.heads import PixelDecoder
+from ..harmony.image_encoder import ImageEncoder
 from ..harmony.model import Harmony, StepOutput
 from ..harmony.schedules import Clock
-from ..harmony.views import Views
+from ..harmony.text_encoder import TextTransformer
+from .accumulate import accumulate
+from .backends import use_backends
 from .checkpoint import Checkpoints
 from .config import RunConfig, differences, dump_config, load_config
 from .data.batch import RawBatch
-from .data.loader import Loader
-from .data.views import make_views
+from .data.open_loader import AnyLoader, open_loader
+from .data.views import StepViews
 from .distributed import Ranks, join
 from .ema import ShardedEma
 from .errors import UserError
@@ -26,7 +30,10 @@ from .log import Log
 from .zero import Scalars, Zero, scalars_at
 
 # Keys that may change when a run goes on: they do not touch what is computed.
-FREE_KEYS = ("run_dir", "max_steps", "log_every", "checkpoint_every", "keep_checkpoints", "data.workers", "evaluate.")
+FREE_KEYS = (
+    "run_dir", "max_steps", "log_every", "checkpoint_every", "keep_checkpoints", "data.workers", "evaluate.",
+    "pass", "zero.", "deepspeed", "activation_checkpointing.", "data.micro_batch_size", "kernels.",
+)  # fmt: skip
 
 
 def train(config: RunConfig) -> None:
@@ -36,16 +43,15 @@ def train(config: RunConfig) -> None:
     """
     ranks = join()
     stop = StopRequest()
+    use_backends(config, ranks.device)
     prepare_run_folder(config, ranks)
     torch.manual_seed(config.seed)  # initial weights only: all later draws are counter-based
-    with Loader(
-        config.data.train, config.views, batch_size=config.data.batch_size, seed=config.seed,
-        rank=ranks.rank, world_size=ranks.world_size, workers=config.data.workers,
-    ) as loader:  # fmt: skip
+    with open_loader(config, ranks) as loader:
         check_fit(config, loader)
-        model = Harmony(config).to(ranks.device)
+        micro_batches = count_micro_batches(config, ranks)
+        model = build_model(config).to(ranks.device)
         zero = Zero(model, config, ranks)
-        ema = ShardedEma(zero, model, ranks)
+        ema = ShardedEma(zero, model)
         checkpoints = Checkpoints(config.run_dir, ranks, config.keep_checkpoints)
         saved = checkpoints.latest()
         done = checkpoints.load(saved, zero, ema) if saved else 0
@@ -56,12 +62,12 @@ def train(config: RunConfig) -> None:
 
         meter = Meter(done)
         model.train()
-        for batch, views in prefetch(config, loader, ranks, done, last):
-            clock = Clock(done, loader.steps_per_epoch, config.epochs)
+        for clock, batch in batches(config, loader, done, last):
+            views = StepViews(config, batch, clock, ranks.device, micro_batches)
             scalars = scalars_at(config, clock)
 
-            output = zero.forward(views, clock, ranks)
-            if zero.step(output.loss, scalars, clock):
+            output = accumulate(zero, views, clock, ranks, split=config.pass_mode == "split")
+            if zero.step(scalars, clock):
                 ema.update(scalars.ema_momentum)
                 model.end_step(ranks)
             done += 1
@@ -81,15 +87,40 @@ def train(config: RunConfig) -> None:
         log.close()
 
 
-def prefetch(config: RunConfig, loader: Loader, ranks: Ranks, done: int, last: int) -> Iterator[tuple[RawBatch, Views]]:
-    """Batches from step `done` to `last`, augmented and masked, on the device."""
+def batches(config: RunConfig, loader: AnyLoader, done: int, last: int) -> Iterator[tuple[Clock, RawBatch]]:
+    """This rank's samples of steps `done` to `last`."""
     while done < last:
         epoch, step = divmod(done, loader.steps_per_epoch)
         for batch in loader.epoch(epoch, start_step=step):
-            yield batch, make_views(config, batch, epoch, ranks.device)
+            yield Clock(done, loader.steps_per_epoch, config.epochs), batch
             done += 1
             if done == last:
                 return
+
+
+def build_model(config: RunConfig) -> Harmony:
+    """The model with the run's activation checkpointing."""
+    model = Harmony(config)
+    every = {
+        ImageEncoder: config.activation_checkpointing.image, PixelDecoder: config.activation_checkpointing.image,
+        TextTransformer: config.activation_checkpointing.text,
+    }  # fmt: skip
+    for module in model.modules():
+        if type(module) in every:
+            module.checkpoint_every = every[type(module)]
+    return model
+
+
+def count_micro_batches(config: RunConfig, ranks: Ranks) -> int:
+    """How many micro-batches make a rank's step. Raises UserError if samples would be left over."""
+    own = config.data.batch_size // ranks.world_size
+    size = config.data.micro_batch_size or own
+    if own % size:
+        raise UserError(
+            f"data.batch_size {config.data.batch_size} is {own} samples a rank, which data.micro_batch_size {size} "
+            "does not divide"
+        )
+    return own // size
 
 
 def summarise(output: StepOutput, scalars: Scalars, clock: Clock, zero: Zero, ranks: Ranks) -> dict[str, float]:
@@ -102,7 +133,7 @@ def summarise(output: StepOutput, scalars: Scalars, clock: Clock, zero: Zero, ra
     return entry
 
 
-def ensure_finite(entry: dict[str, float], batch: RawBatch, loader: Loader, run_dir: Path, ranks: Ranks) -> None:
+def ensure_finite(entry: dict[str, float], batch: RawBatch, loader: AnyLoader, run_dir: Path, ranks: Ranks) -> None:
     """Stop a run whose loss is not finite, with the batch's sample ids on disk and the checkpoints untouched."""
     if not ranks.any(not math.isfinite(entry["loss"])):
         return
@@ -133,7 +164,7 @@ def prepare_run_folder(config: RunConfig, ranks: Ranks) -> None:
     ranks.barrier()
 
 
-def check_fit(config: RunConfig, loader: Loader) -> None:
+def check_fit(config: RunConfig, loader: AnyLoader) -> None:
     """The data must fit the model."""
     context = config.model.text.context
     if loader.context != context:
@@ -143,7 +174,7 @@ def check_fit(config: RunConfig, loader: Loader) -> None:
         )
 
 
-def describe(config: RunConfig, model: Harmony, loader: Loader, ranks: Ranks) -> str:
+def describe(config: RunConfig, model: Harmony, loader: AnyLoader, ranks: Ranks) -> str:
     """What is about to happen, in one line."""
     millions = sum(p.numel() for p in model.student.parameters()) / 1e6
     names = ", ".join(model.objectives)

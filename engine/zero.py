@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..harmony.model import Harmony, StepOutput
+from ..harmony.model import Harmony
 from ..harmony.objectives.base import Center
 from ..harmony.schedules import Clock, warmup_cosine
 from ..harmony.teacher import twins
-from ..harmony.views import Views
 from .config import RunConfig
 from .distributed import Ranks
 from .half_on_cpu import products_for
+from .partition import PARTITIONS
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -65,21 +70,72 @@ def parameter_groups(model: Harmony) -> list[dict[str, Any]]:
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration a run implies."""
-    return {
-        "train_micro_batch_size_per_gpu": config.data.batch_size // world_size,
-        "gradient_accumulation_steps": 1,
-        "zero_optimization": {"stage": config.zero.stage},
+    """The DeepSpeed configuration a run implies, with the user's `deepspeed:` merged into it."""
+    zero: dict[str, Any] = {"stage": config.zero.stage}
+    if config.zero.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.zero.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    generated = {
+        "train_micro_batch_size_per_gpu": config.data.micro_batch_size or config.data.batch_size // world_size,
+        "gradient_accumulation_steps": 1,  # engine/accumulate.py says which backward pass is the last
+        # With offload and in stage 3 DeepSpeed would take along only the gradients of that last pass; in this mode it
+        # takes all that were added up when the step comes.
+        "managed_gradient_accumulation": config.zero.stage < 3 and not config.zero.offload_optimizer,
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "gradient_clipping": config.optimizer.clip_grad,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": config.optimizer.clip_grad if config.optimizer.clip == "global" else 0.0,
         "bf16": {"enabled": config.precision == "bf16"},
         "fp16": {"enabled": config.precision == "fp16", "initial_scale_power": 16},
         "steps_per_print": 2**31,
     }
+    return _merged(generated, config.deepspeed)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings; `over` wins."""
+    merged = dict(base)
+    for key, value in over.items():
+        nested = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merged(base[key], value) if nested else value
+    return merged
+
+
+def build_optimizer(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW in the form that the configuration asks for; learning rate and decay are set before every step."""
+    c = config.optimizer
+    options: dict[str, Any] = {"lr": 0.0, "betas": c.betas, "eps": c.eps}
+    if c.states == "8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, **options)
+    if config.zero.offload_optimizer:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        compile_cpu_adam()
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def compile_cpu_adam() -> None:
+    """Compile DeepSpeed's host optimizer where that has not been done (about 30 s), one process at a time.
+
+    torch marks a build under way with a file that stays for ever, and is waited for, if the process is killed; a lock
+    on another file ends with its holder, so whoever has that one may take the stale mark away.
+    """
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+    from torch.utils.cpp_extension import _get_build_directory
+
+    folder = Path(_get_build_directory(CPUAdamBuilder.NAME, verbose=False))
+    with (folder / "harmony-fast.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        CPUAdamBuilder().load(verbose=False)
 
 
 class Zero:
-    """The model under DeepSpeed: one backward and one step, with the schedules applied to every group."""
+    """The model under DeepSpeed: forward and backward passes, the step, with the schedules applied to every group."""
 
     def __init__(self, model: Harmony, config: RunConfig, ranks: Ranks) -> None:
         _quiet()
@@ -91,70 +147,121 @@ class Zero:
         if ranks.device.type == "cpu" and config.precision == "fp16":
             # DeepSpeed refuses processors without fp16 instructions; torch emulates them, slowly but rightly.
             deepspeed.get_accelerator().is_fp16_supported = lambda: True
-        groups = parameter_groups(model)
-        optimizer = torch.optim.AdamW(
-            groups, lr=0.0, betas=config.optimizer.betas, eps=config.optimizer.eps, fused=True
-        )
+        self.model, self.groups, self.config, self._ranks = model, parameter_groups(model), config, ranks
+        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(config, ranks.world_size)
-        )
-        self.model, self.groups = model, groups
+            model=model, optimizer=build_optimizer(config, self.groups),
+            config=deepspeed_config(config, ranks.world_size),
+        )  # fmt: skip
+        if config.zero.stage == 0 and hasattr(self.optimizer, "optimizer"):
+            # In half precision DeepSpeed has taken a step with zeros to make the state: AdamW would count it.
+            self.optimizer.optimizer.state.clear()
+        self.partition = PARTITIONS[config.zero.stage](self.engine, self.optimizer, self.groups, ranks)
+        self.dtype = next(model.parameters()).dtype
+        """Of the compute copy of the parameters"""
         self._products = products_for(ranks.device, self.dtype)
         _restore_precise_state(model)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the compute copy of the parameters."""
-        return self.optimizer.dtype
-
-    def forward(self, views: Views, clock: Clock, ranks: Ranks) -> StepOutput:
-        """The losses of this rank's samples."""
+    def forward(self, call: Callable[[Harmony], T]) -> T:
+        """Run something with the model (see `Harmony.forward`)."""
         with self._products:
-            return self.engine(views, clock, ranks)
+            return self.engine(call)
 
-    def step(self, loss: Tensor, scalars: Scalars, clock: Clock) -> bool:
-        """Backward, reduction, clipping, AdamW. Returns whether the step was taken (fp16 skips at an overflow)."""
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add a gradient; `last`: the step comes next, so reduce over ranks now."""
+        if self.engine.managed_gradient_accumulation():
+            self.engine.set_gradient_accumulation_boundary(last)
+        with self._products:
+            self.engine.backward(loss)
+
+    def step(self, scalars: Scalars, clock: Clock) -> bool:
+        """Clipping and AdamW. Returns whether the step was taken (fp16 skips at an overflow)."""
         for group, live in zip(self.groups, self.optimizer.param_groups, strict=True):
             frozen = clock.epoch < group["frozen_epochs"]
             live["lr"] = 0.0 if frozen else scalars.lr
             live["weight_decay"] = scalars.weight_decay if group["decayed"] and not frozen else 0.0
-            if group["frozen_epochs"] and not frozen and clock.step == group["frozen_epochs"] * clock.steps_per_epoch:
-                self._forget(live)
-        with self._products:
-            self.engine.backward(loss)
+        self._forget_thawed(clock)
+        if self.config.optimizer.clip == "parameter" and self.config.optimizer.clip_grad:
+            self._clip_each()
         self.engine.step()
-        self._clamp()
+        self.partition.clear_gradients()
+        for places, bound in self._bounds():
+            for place in places:
+                place.data.clamp_(max=bound)
         return self.engine.was_step_applied()
 
+    @property
+    def loss_scale(self) -> float:
+        """Factor that backward passes multiply the loss with (fp16); 1 otherwise."""
+        return float(getattr(self.optimizer, "loss_scale", 1.0)) if self.dtype == torch.float16 else 1.0
+
     def gradient_norm(self) -> Tensor | float:
-        """Global norm of the last step's gradient, before clipping."""
+        """Global norm of the last step's gradient, before global clipping."""
         norm = self.engine.get_global_grad_norm()
         return float("nan") if norm is None else norm
 
-    def shards(self) -> list[tuple[dict[str, Any], list[nn.Parameter], Tensor]]:
-        """Per group: its settings, its parameters in flat order, this rank's fp32 shard."""
-        z = self.optimizer
-        return list(zip(self.groups, z.round_robin_bit16_groups, z.single_partition_of_fp32_groups, strict=True))
+    def weights(self) -> dict[str, Tensor]:
+        """The trained weights in fp32 on the host, by parameter name. All ranks must call."""
+        return {
+            self.names[id(parameter)]: value
+            for shard in self.partition.shards()
+            for parameter, value in zip(shard.parameters, self.partition.whole(shard.master, shard), strict=True)
+        }
 
-    def _forget(self, live: dict[str, Any]) -> None:
+    def step_counts(self) -> dict[str, int]:
+        """AdamW's count of the steps of each parameter."""
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        return {
+            self.names[id(parameter)]: int(inner.state.get(shard.state_key, {}).get("step", 0))
+            for shard in self.partition.shards()
+            for parameter in shard.parameters
+        }
+
+    @torch.no_grad()
+    def _clip_each(self) -> None:
+        """Scale each gradient by min(1, clip / (its norm + 1e-6)), as the authors' code does for the image side.
+
+        Norms of parameters that are cut over ranks are completed by one all-reduce.
+        """
+        c = self.config.optimizer
+        pieces = [(self.names[id(p)], g) for p, g in self.partition.gradients()]
+        pieces = [(n, g) for n, g in pieces if not c.clip_only or n.startswith(tuple(c.clip_only))]
+        place = {name: i for i, name in enumerate(self.names.values())}
+        squares = torch.zeros(len(place), dtype=torch.float64 if self.dtype == torch.float64 else torch.float32)
+        squares = squares.to(self._ranks.device)
+        for name, gradient in pieces:
+            squares[place[name]] += gradient.to(squares.dtype).square().sum()
+        if self.config.zero.stage:  # in stage 0 every rank has the whole gradient
+            squares = self._ranks.sum(squares)
+        factors = (c.clip_grad * self.loss_scale / (squares.sqrt() + 1e-6 * self.loss_scale)).clamp(max=1)
+        for name, gradient in pieces:
+            gradient.mul_(factors[place[name]].to(gradient.dtype))
+
+    def _forget_thawed(self, clock: Clock) -> None:
         """A group that thaws starts like new: while frozen, AdamW has counted its steps and gathered moments."""
-        for shard in live["params"]:
-            for value in self.optimizer.optimizer.state.get(shard, {}).values():
-                value.zero_()
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        for shard in self.partition.shards():
+            frozen = shard.group["frozen_epochs"]
+            if frozen and clock.step == frozen * clock.steps_per_epoch:
+                inner.state.pop(shard.state_key, None)
 
-    def _clamp(self) -> None:
-        """Keep bounded parameters in bounds, on the fp32 master: the compute copy is overwritten from it."""
-        for objective in self.model.objectives.values():
-            for parameter, bound in objective.upper_bounds():
-                parameter.data.clamp_(max=bound)
-                if parameter._hp_mapping is not None:  # this rank's shard holds it
-                    parameter._hp_mapping.hp_fragment.data.clamp_(max=bound)
+    def _bounds(self) -> list[tuple[list[Tensor], float]]:
+        """Every place where a bounded parameter is kept on this rank, with its bound."""
+        bounds = {id(p): b for o in self.model.objectives.values() for p, b in o.upper_bounds()}
+        places = []
+        for shard in self.partition.shards():
+            for parameter, part in zip(shard.parameters, self.partition.parts(shard), strict=True):
+                if id(parameter) in bounds:
+                    scattered = [parameter.ds_tensor] if hasattr(parameter, "ds_tensor") else []
+                    places.append(([part, parameter.data, *scattered], bounds[id(parameter)]))
+        return places
 
 
 def _restore_precise_state(model: Harmony) -> None:
     """Centers stay fp32: DeepSpeed casts every buffer to the compute precision, too coarse for a running mean."""
     for module in model.modules():
-        if isinstance(module, Center):
+        if isinstance(module, Center) and module.value.dtype != torch.float64:
             module.float()
 
 

@@ -12,21 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .image_encoder import Block
-from .packing import Packed, pack_dense
+from .packing import Layout, pack_dense
+from .recompute import run_block
 from .text_encoder import TextTransformer
 
 
 class Prototypes(nn.Module):
-    """Cosine similarity to K learned directions: DINO's weight-normalised output layer with its gain fixed at 1."""
+    """K learned directions: DINO's weight-normalised output layer with its gain fixed at 1."""
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__()
         self.weight_v = nn.Parameter(torch.empty(count, width))
         nn.init.kaiming_uniform_(self.weight_v, a=5**0.5)
 
-    def forward(self, u: Tensor) -> Tensor:
-        """Unit vectors [..., d] -> logits [..., K]: <v_k, u> / ||v_k||."""
-        return F.linear(u, self.weight_v / self.weight_v.norm(dim=1, keepdim=True))
+    def forward(self) -> Tensor:
+        """The directions v_k / ||v_k||: [K, d]. The logits of unit vectors u [..., d] are u @ directions.T."""
+        return self.weight_v / self.weight_v.norm(dim=1, keepdim=True)
 
 
 class ProjectionHead(nn.Module):
@@ -64,7 +65,7 @@ class ProjectionHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [..., D] -> logits [..., K], before any temperature."""
-        return self.last_layer(self.bottleneck(x))
+        return F.linear(self.bottleneck(x), self.last_layer())
 
 
 class PixelDecoder(nn.Module):
@@ -78,6 +79,8 @@ class PixelDecoder(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, 4.0, eps=1e-5) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.pred = nn.Linear(width, 3 * patch_size**2)
+        self.checkpoint_every = 0
+        """Every how many blocks activations are dropped and computed again in the backward pass; 0: never"""
 
     def forward(self, visible: Tensor, kept: Tensor, removed: Tensor) -> Tensor:
         """Predict the removed patches.
@@ -92,10 +95,10 @@ class PixelDecoder(nn.Module):
         masks = self.mask_token + position[1 + removed]
         seen = x[:, 1:] + position[1 + kept]
         tokens = torch.cat([x[:, :1] + position[0], seen, masks.to(x.dtype)], 1)
-        packed = pack_dense([tokens])
-        for block in self.blocks:
-            packed = block(packed)
-        hidden = packed.tokens.view(*tokens.shape[:2], width)[:, 1 + kept.shape[1] :]
+        x, layout = pack_dense([tokens])
+        for i, block in enumerate(self.blocks):
+            x = run_block(block, i, self.checkpoint_every, x, layout)
+        hidden = x.view(*tokens.shape[:2], width)[:, 1 + kept.shape[1] :]
         return self.pred(self.norm(hidden))
 
 
@@ -121,6 +124,6 @@ class WordDecoder(nn.Module):
         self.ln_final = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
 
-    def forward(self, packed: Packed, places: Tensor) -> Tensor:
-        """Logits [W, classes] at `places` (int64 [W], packed places): only masked words need them."""
-        return self.head(self.ln_final(self.transformer(packed).tokens[places]))
+    def forward(self, x: Tensor, layout: Layout, places: Tensor) -> Tensor:
+        """Features [T, D] -> logits [W, classes] at `places` (int64 [W], packed): only masked words need them."""
+        return self.head(self.ln_final(self.transformer(x, layout)[places]))

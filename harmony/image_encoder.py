@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..kernels import masked_attention
 from .config import Config
-from .packing import Packed, pack_dense, unpack_dense
+from .packing import Layout, pack_dense, unpack_dense
 from .randomness import split, uniform
+from .recompute import run_block
 from .views import Request, View, Views
 
 NAMED = {
@@ -70,10 +71,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, packed: Packed) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """[T, D] -> [T, D]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        return self.proj(masked_attention(q, k, v, packed.offsets, packed.max_length).flatten(1))
+        return self.proj(masked_attention(q, k, v, layout.offsets, layout.max_length).flatten(1))
 
 
 class Mlp(nn.Module):
@@ -99,12 +100,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
-    def forward(self, packed: Packed, drop: Tensor | None = None) -> Packed:
-        """drop: [T, 2], what each residual branch is multiplied with (stochastic depth), or None."""
-        x = packed.tokens
-        x = x + _scaled(self.attn(self.norm1(x), packed), drop, 0)
-        x = x + _scaled(self.mlp(self.norm2(x)), drop, 1)
-        return packed.with_tokens(x)
+    def forward(self, x: Tensor, layout: Layout, drop: Tensor | None = None) -> Tensor:
+        """[T, D] -> [T, D]. drop: [T, 2], what each residual branch is multiplied with (stochastic depth), or None."""
+        x = x + _scaled(self.attn(self.norm1(x), layout), drop, 0)
+        return x + _scaled(self.mlp(self.norm2(x)), drop, 1)
 
 
 def _scaled(branch: Tensor, drop: Tensor | None, which: int) -> Tensor:
@@ -153,6 +152,8 @@ class ImageEncoder(nn.Module):
         self.masked_embed = nn.Parameter(torch.zeros(1, width)) if masked else None
         self.blocks = nn.ModuleList(Block(width, config.heads, config.mlp_ratio, eps=1e-6) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.checkpoint_every = 0
+        """Every how many blocks activations are dropped and computed again in the backward pass; 0: never"""
         self.contrastive_projection = nn.Parameter(torch.empty(width, embed_dim)) if embed_dim else None
         self._initialise()
 
@@ -179,19 +180,19 @@ class ImageEncoder(nn.Module):
         names.sort(key=lambda view: -sequences[view].shape[2])
         drop = self._stochastic_depth(views.drop_keys, {v: request[v] for v in names}, sequences)
         groups = [sequences[view].flatten(0, 1) for view in names]
-        tokens = self.encode(pack_dense(groups), drop).tokens
+        tokens = self.encode(*pack_dense(groups), drop)
         return {v: t.unflatten(0, (request[v], -1)) for v, t in zip(names, unpack_dense(tokens, groups), strict=True)}
 
-    def encode(self, packed: Packed, drop: Tensor | None = None) -> Packed:
-        """All blocks and the final norm. drop: [depth, T, 2] or None."""
+    def encode(self, tokens: Tensor, layout: Layout, drop: Tensor | None = None) -> Tensor:
+        """All blocks and the final norm: [T, D] -> [T, D]. drop: [depth, T, 2] or None."""
         for i, block in enumerate(self.blocks):
-            packed = block(packed, None if drop is None else drop[i])
-        return packed.with_tokens(self.norm(packed.tokens))
+            tokens = run_block(block, i, self.checkpoint_every, tokens, layout, None if drop is None else drop[i])
+        return self.norm(tokens)
 
     def features(self, images: Tensor) -> Tensor:
         """Whole images of any side, for evaluation: [B, 3, H, W] -> [B, 1 + P, D], after the final norm."""
         tokens = self._with_class(self.embed(images) + self._positions(images.shape[-1] // self.config.patch_size))
-        return self.encode(pack_dense([tokens])).tokens.unflatten(0, tokens.shape[:2])
+        return self.encode(*pack_dense([tokens])).unflatten(0, tokens.shape[:2])
 
     def project(self, class_token: Tensor) -> Tensor:
         """To the joint space, not normalised: [..., D] -> [..., E]."""

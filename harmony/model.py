@@ -6,7 +6,8 @@ parameter of that name. What no objective asks for is not built.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from pydantic import create_model, model_validator
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 
 from .config import Config
 from .image_encoder import ImageConfig, ImageEncoder
-from .objectives import REGISTRY, Collectives, Features, Objective, ObjectiveConfig, Surroundings
+from .objectives import REGISTRY, Collectives, Embeddings, Features, Objective, ObjectiveConfig, Outcome, Surroundings
 from .schedules import Clock
 from .teacher import become_twin
-from .text_encoder import TextConfig, TextEncoder
+from .text_encoder import CaptionFeatures, TextConfig, TextEncoder
 from .views import Request, View, Views, ViewsConfig, union
+
+T = TypeVar("T")
 
 
 class ModelConfig(Config):
@@ -65,7 +68,8 @@ class Branch(nn.Module):
 
     def __init__(self, config: MethodConfig, objectives: dict[str, Objective], request: Request, teacher: bool) -> None:
         super().__init__()
-        embed_dim = next((o.embed_dim for o in objectives.values() if o.embed_dim), None)
+        asking = [o for o in objectives.values() if not teacher or o.teacher_views]
+        embed_dim = next((o.embed_dim for o in asking if o.embed_dim), None)
         self.whole_captions = teacher and any(o.whole_captions for o in objectives.values())
         self.image: ImageEncoder | None = None
         self.text: TextEncoder | None = None
@@ -79,8 +83,8 @@ class Branch(nn.Module):
 
     def encode(self, views: Views, request: Request) -> tuple[dict, dict]:
         """One pass of each tower over the union of requested views."""
-        images = self.image(views, request) if self.image else {}
-        captions = self.text(views, request, self.whole_captions) if self.text else {}
+        images = self.image(views, request) if any(v.is_image for v in request) else {}
+        captions = {} if all(v.is_image for v in request) else self.text(views, request, self.whole_captions)
         return images, captions
 
     def features(self, encoded: tuple[dict, dict], name: str) -> Features:
@@ -89,9 +93,8 @@ class Branch(nn.Module):
         return Features(*encoded, self.image, self.text, head)
 
 
-@dataclass
-class StepOutput:
-    """The losses of one micro-batch."""
+class StepOutput(NamedTuple):
+    """The losses of one pass. A tuple for the same reason as `Outcome`."""
 
     loss: Tensor
     """Weighted sum, to be differentiated"""
@@ -99,6 +102,10 @@ class StepOutput:
     """Unweighted, detached, by objective"""
     metrics: dict[str, Tensor]
     """Detached, by "objective/name" """
+
+
+Taught = tuple[dict[View, Tensor], dict[View, CaptionFeatures]]
+"""What the teacher's towers made of a micro-batch: features by image view, and by caption view"""
 
 
 class Harmony(nn.Module):
@@ -123,19 +130,72 @@ class Harmony(nn.Module):
         self.teacher.eval()
         return self
 
-    def forward(self, views: Views, clock: Clock, collectives: Collectives) -> StepOutput:
-        """The losses of one micro-batch. Raises KeyError if an objective uses a view it did not ask for."""
-        with torch.no_grad():
-            taught = self.teacher.encode(views, self.teacher_views)
-        learned = self.student.encode(views, self.student_views)
-        total, losses, metrics = 0.0, {}, {}
-        for name, objective in self.objectives.items():
+    def forward(self, call: Callable[[Harmony], T]) -> T:
+        """Run one of the methods below: `model(lambda m: m.losses(...))`. Wrappers of the model (DeepSpeed) prepare it
+        for whatever happens inside this call."""
+        return call(self)
+
+    @torch.no_grad()
+    def teach(self, views: Views) -> Taught:
+        """The one teacher pass of a micro-batch."""
+        return self.teacher.encode(views, self.teacher_views)
+
+    def losses(
+        self, views: Views, taught: Taught, clock: Clock, collectives: Collectives, names: Sequence[str] | None = None,
+        gradients: dict[str, tuple[Tensor, ...]] | None = None,
+    ) -> StepOutput:  # fmt: skip
+        """The losses of one micro-batch: one student pass over the union of the views that the objectives ask for.
+
+        names: the objectives of this pass (None: all). gradients: for objectives that compared several micro-batches
+        before (see `compare`), the gradient of their loss with respect to this micro-batch's embeddings [B, ...]: it
+        is passed on to the towers, and nothing is reported.
+        Raises KeyError if an objective uses a view it did not ask for.
+        """
+        objectives = {name: self.objectives[name] for name in names or self.objectives}
+        learned = self.student.encode(views, union([o.student_views for o in objectives.values()]))
+        outcomes, total = {}, 0.0
+        for name, objective in objectives.items():
             student, teacher = self.student.features(learned, name), self.teacher.features(taught, name)
-            outcome = objective(student, teacher, views, clock, collectives)
-            total = total + objective.config.weight * outcome.loss
-            losses[name] = outcome.loss.detach()
+            if gradients and name in gradients:
+                embedded = objective.embed(student, teacher, clock).student
+                total = total + sum((e * g).sum() for e, g in zip(embedded, gradients[name], strict=True))
+            else:
+                outcomes[name] = objective(student, teacher, views, clock, collectives)
+        return self._summed(outcomes, total)
+
+    @torch.no_grad()
+    def embeddings(self, views: Views, taught: Taught, clock: Clock) -> dict[str, Embeddings]:
+        """What the objectives that compare samples need of one micro-batch, without gradient."""
+        objectives = {n: o for n, o in self.objectives.items() if o.compares_samples}
+        learned = self.student.encode(views, union([o.student_views for o in objectives.values()]))
+        return {
+            name: objective.embed(self.student.features(learned, name), self.teacher.features(taught, name), clock)
+            for name, objective in objectives.items()
+        }
+
+    def compare(self, embeddings: dict[str, Embeddings], clock: Clock, collectives: Collectives) -> StepOutput:
+        """The losses of objectives that compare samples, over the embeddings of all micro-batches."""
+        outcomes = {n: self.objectives[n].compare(e, clock, collectives) for n, e in embeddings.items()}
+        return self._summed(outcomes)
+
+    def _summed(self, outcomes: dict[str, Outcome], total: Tensor | float = 0.0) -> StepOutput:
+        """Add the weighted losses of objectives to a total."""
+        metrics = {}
+        for name, outcome in outcomes.items():
+            total = total + self.objectives[name].config.weight * outcome.loss
             metrics.update({f"{name}/{key}": value for key, value in outcome.metrics.items()})
-        return StepOutput(total, losses, metrics)
+        return StepOutput(total, {name: outcome.loss.detach() for name, outcome in outcomes.items()}, metrics)
+
+    def passes(self) -> list[list[str]]:
+        """The smallest groups of objectives that share no student view: each can have a pass of its own."""
+        groups: list[tuple[set[View], list[str]]] = []
+        for name, objective in self.objectives.items():
+            views, names = set(objective.student_views), [name]
+            for group in [g for g in groups if g[0] & views]:
+                groups.remove(group)
+                views, names = views | group[0], group[1] + names
+            groups.append((views, names))
+        return [names for _, names in groups]
 
     def end_step(self, collectives: Collectives) -> None:
         """After the optimizer step: objectives move their state (centers)."""

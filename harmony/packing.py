@@ -1,42 +1,31 @@
-"""Packed: the tokens of many sequences laid end to end, with offsets. Nothing is padded.
+"""Packing: the tokens of many sequences laid end to end, with offsets. Nothing is padded.
 
 Letters in shapes: T packed tokens, S sequences, B samples, C context length, D width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Packed:
-    """Sequences laid end to end, longest first (neighbours of equal length share one attention call)."""
+class Layout:
+    """Where each sequence lies in a pack: longest first (neighbours of equal length share one attention call)."""
 
-    tokens: Tensor
-    """[T, D]"""
     offsets: Tensor
     """int32 [S + 1], on the host: sequence s owns tokens offsets[s] to offsets[s + 1]"""
     max_length: int
     """Tokens of the longest sequence"""
 
-    def with_tokens(self, tokens: Tensor) -> Packed:
-        """The same sequences with other features."""
-        return replace(self, tokens=tokens)
 
-    def token_sequence(self) -> Tensor:
-        """The sequence each token belongs to: int64 [T], on the tokens' device."""
-        lengths = self.offsets.diff().long()
-        return torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(self.tokens.device, non_blocking=True)
-
-
-def pack_dense(groups: list[Tensor]) -> Packed:
-    """Groups of equal-length sequences, each [n, L, D], laid end to end in the given order."""
+def pack_dense(groups: list[Tensor]) -> tuple[Tensor, Layout]:
+    """Groups of equal-length sequences, each [n, L, D], laid end to end in the given order: tokens [T, D], layout."""
     lengths = torch.cat([torch.full((g.shape[0],), g.shape[1], dtype=torch.int32) for g in groups])
     tokens = torch.cat([g.flatten(0, 1) for g in groups]) if len(groups) > 1 else groups[0].flatten(0, 1)
-    return Packed(tokens, offsets_of(lengths), max(g.shape[1] for g in groups))
+    return tokens, Layout(offsets_of(lengths), max(g.shape[1] for g in groups))
 
 
 def unpack_dense(tokens: Tensor, groups: list[Tensor]) -> list[Tensor]:
@@ -50,31 +39,35 @@ def offsets_of(lengths: Tensor) -> Tensor:
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
 
 
+def repeated(layout: Layout, times: int) -> Layout:
+    """The same sequences several times, one copy behind the other."""
+    lengths = layout.offsets.diff().repeat(times)
+    return layout if times == 1 else Layout(offsets_of(lengths), layout.max_length)
+
+
 @dataclass(frozen=True)
 class CaptionLayout:
-    """Where the captions of one or more views lie in a pack."""
+    """Where the captions of one view lie in a pack of their own."""
 
-    offsets: Tensor
-    """int32 [S + 1], on the host; S = views x B"""
-    max_length: int
+    layout: Layout
+    """S = B sequences"""
     source: Tensor
-    """int64 [T]: where each packed token comes from in the stacked captions [views * B * C]"""
+    """int64 [T]: where each packed token comes from in the padded captions [B * C]"""
     position: Tensor
     """int64 [T]: its position in its caption"""
     first: Tensor
-    """int64 [views, B]: packed place of each caption's first token"""
+    """int64 [B]: packed place of each caption's first token"""
     last: Tensor
-    """int64 [views, B]: packed place of each caption's end id"""
+    """int64 [B]: packed place of each caption's end id"""
 
 
-def lay_out_captions(lengths: Tensor, context: int, views: int, whole_context: bool = False) -> CaptionLayout:
-    """Pack `views` versions of the same captions, longest first.
+def lay_out_captions(lengths: Tensor, context: int, whole_context: bool = False) -> CaptionLayout:
+    """Pack captions, longest first.
 
     lengths: int64 [B] on the host, up to and with the end id. whole_context packs the padding too (the authors' code
     averages the text center over it).
     """
-    real = lengths.repeat(views)
-    packed = torch.full_like(real, context) if whole_context else real
+    packed = torch.full_like(lengths, context) if whole_context else lengths
     order = packed.argsort(descending=True, stable=True)
     position = torch.arange(context)
     inside = position < packed[order][:, None]
@@ -82,10 +75,9 @@ def lay_out_captions(lengths: Tensor, context: int, views: int, whole_context: b
     first = torch.empty_like(order)
     first[order] = offsets[:-1].long()
     return CaptionLayout(
-        offsets=offsets,
-        max_length=int(packed.max()),
+        layout=Layout(offsets, int(packed.max())),
         source=(order[:, None] * context + position)[inside],
         position=position.expand(len(order), -1)[inside],
-        first=first.unflatten(0, (views, -1)),
-        last=(first + real - 1).unflatten(0, (views, -1)),
+        first=first,
+        last=first + lengths - 1,
     )

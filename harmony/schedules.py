@@ -41,6 +41,11 @@ def ramp_cosine(step: int, start: float, end: float, length: int) -> float:
     return end if step >= length else end + (start - end) * (1 + math.cos(math.pi * step / length)) / 2
 
 
+def ramp_steps(step: int, start: float, end: float, length: int) -> float:
+    """Linear from `start` at step 0 to `end` at step length - 1, then constant."""
+    return end if step >= length - 1 else start + (end - start) * step / (length - 1)
+
+
 def ramp_linear(clock: Clock, start: float, end: float, epochs: int, by_epoch: bool = False) -> float:
     """Linear from `start` to `end` over some epochs, then constant.
 

@@ -6,7 +6,7 @@ Letters in shapes: B samples, C context length, T packed tokens, D width, E widt
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..kernels import masked_attention
 from .config import Config
-from .packing import CaptionLayout, Packed, lay_out_captions
+from .packing import CaptionLayout, Layout, lay_out_captions, repeated
+from .recompute import run_block
 from .views import Request, View, Views
 
 
@@ -49,11 +50,11 @@ class CausalAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, packed: Packed) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """[T, D] -> [T, D]."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)
-        return self.out_proj(masked_attention(q, k, v, packed.offsets, packed.max_length, causal=True).flatten(1))
+        return self.out_proj(masked_attention(q, k, v, layout.offsets, layout.max_length, causal=True).flatten(1))
 
 
 class QuickGELU(nn.Module):
@@ -80,12 +81,10 @@ class TextBlock(nn.Module):
             )
         )
 
-    def forward(self, packed: Packed) -> Packed:
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """[T, D] -> [T, D]."""
-        x = packed.tokens
-        x = x + self.attn(self.ln_1(x), packed)
-        x = x + self.mlp(self.ln_2(x))
-        return packed.with_tokens(x)
+        x = x + self.attn(self.ln_1(x), layout)
+        return x + self.mlp(self.ln_2(x))
 
 
 class TextTransformer(nn.Module):
@@ -94,20 +93,22 @@ class TextTransformer(nn.Module):
     def __init__(self, width: int, depth: int, heads: int) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(TextBlock(width, heads) for _ in range(depth))
+        self.checkpoint_every = 0
+        """Every how many blocks activations are dropped and computed again in the backward pass; 0: never"""
 
-    def forward(self, packed: Packed) -> Packed:
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """[T, D] -> [T, D]."""
-        for block in self.resblocks:
-            packed = block(packed)
-        return packed
+        for i, block in enumerate(self.resblocks):
+            x = run_block(block, i, self.checkpoint_every, x, layout)
+        return x
 
 
-@dataclass(frozen=True)
-class CaptionFeatures:
-    """The features of one caption view inside the pack, before the text encoder's final norm."""
+class CaptionFeatures(NamedTuple):
+    """The features of one caption view, before the text encoder's final norm."""
 
-    packed: Packed
-    """All caption views of the pass: tokens [T, D]"""
+    tokens: Tensor
+    """[T, D], packed"""
+    layout: Layout
     first: Tensor
     """int64 [B]: packed place of each caption's first token"""
     last: Tensor
@@ -115,7 +116,11 @@ class CaptionFeatures:
 
     def at(self, index: Tensor, context: int) -> Tensor:
         """Features at places of the padded captions: index int64 [W] into [B * C] -> [W, D]."""
-        return self.packed.tokens[self.first[index // context] + index % context]
+        return self.tokens[self.places(index, context)]
+
+    def places(self, index: Tensor, context: int) -> Tensor:
+        """Packed places of places in the padded captions: int64 [W] into [B * C] -> int64 [W]."""
+        return self.first[index // context] + index % context
 
 
 class TextEncoder(nn.Module):
@@ -150,17 +155,17 @@ class TextEncoder(nn.Module):
         """Encode the requested caption views in one pass. whole_context: padding goes through as well."""
         names = [view for view in View if not view.is_image and view in request]
         stacked = torch.stack([self._ids(view, views) for view in names])
-        layout = lay_out_captions(views.lengths, stacked.shape[-1], len(names), whole_context)
-        packed = self.encode(stacked, layout)
-        first, last = layout.first.to(stacked.device), layout.last.to(stacked.device)
-        return {view: CaptionFeatures(packed, first[i], last[i]) for i, view in enumerate(names)}
+        captions = lay_out_captions(views.lengths, stacked.shape[-1], whole_context)
+        parts = self.encode(stacked, captions).chunk(len(names))
+        first, last = (place.to(stacked.device, non_blocking=True) for place in (captions.first, captions.last))
+        return {v: CaptionFeatures(x, captions.layout, first, last) for v, x in zip(names, parts, strict=True)}
 
-    def encode(self, tokens: Tensor, layout: CaptionLayout) -> Packed:
-        """tokens: int64 [views, B, C] -> packed features before the final norm."""
-        ids = tokens.flatten()[layout.source.to(tokens.device, non_blocking=True)]
-        position = layout.position.to(tokens.device, non_blocking=True)
+    def encode(self, tokens: Tensor, captions: CaptionLayout) -> Tensor:
+        """tokens: int64 [views, B, C] -> packed features before the final norm, one view behind the other."""
+        ids = tokens.flatten(1)[:, captions.source.to(tokens.device, non_blocking=True)]
+        position = captions.position.to(tokens.device, non_blocking=True)
         x = self.token_embedding(ids) + self.positional_embedding[position]
-        return self.transformer(Packed(x, layout.offsets, layout.max_length))
+        return self.transformer(x.flatten(0, 1), repeated(captions.layout, len(tokens)))
 
     def project(self, features: Tensor) -> Tensor:
         """Features at the end ids to the joint space, not normalised: [..., D] -> [..., E]."""
@@ -169,8 +174,8 @@ class TextEncoder(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Whole captions, for evaluation: int64 [B, C] -> [B, E], not normalised."""
         lengths = tokens.argmax(-1).cpu() + 1
-        layout = lay_out_captions(lengths, tokens.shape[1], 1)
-        return self.project(self.encode(tokens[None], layout).tokens[layout.last[0].to(tokens.device)])
+        captions = lay_out_captions(lengths, tokens.shape[1])
+        return self.project(self.encode(tokens[None], captions)[captions.last.to(tokens.device)])
 
     def _ids(self, view: View, views: Views) -> Tensor:
         if view is View.CAPTION:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .config import Config, Fraction, Range
 from .randomness import Purpose, sample_keys, split, uniform
+from .schedules import Clock, ramp_steps
 
 CROP_ATTEMPTS = 10
 BLOCK_ATTEMPTS = 10
@@ -76,7 +77,14 @@ class ViewsConfig(Config):
     block_aspect: float = Field(0.3, gt=0, le=1)
     """Smallest aspect ratio of a block; the largest is its inverse."""
     pixel_mask_ratio: Fraction = 0.75
-    """Share of patches removed for the reconstruction (MAE)."""
+    """Share of patches removed for the reconstruction (MAE), at the start."""
+    pixel_mask_ratio_end: Fraction | None = None
+    """Share at the end of a linear ramp; null: it stays."""
+    pixel_mask_ratio_epochs: int = Field(10, ge=0)
+    """Length of the ramp, epochs."""
+    pixel_mask_ratio_by_epoch: bool = False
+    """Read the ramp, which has one value per step, at the number of the epoch, as the authors' code does by a slip (it
+    then hardly moves), instead of at the step."""
     caption_mask_ratio: Fraction = 0.2
     """Probability of a word to be replaced by the mask id; start, end and padding never are."""
     caption_cut_ratio: Fraction = 0.0
@@ -84,6 +92,14 @@ class ViewsConfig(Config):
     training too (sub-caption sampling, as DreamLIP has it)."""
     caption_separators: tuple[int, ...] = (267, 269, 282)
     """Token ids that end a phrase: in open_clip's vocabulary comma, full stop and semicolon as tokens of their own."""
+
+
+def pixel_ratio(config: ViewsConfig, clock: Clock) -> float:
+    """Share of patches removed for the reconstruction at this step."""
+    start, end = config.pixel_mask_ratio, config.pixel_mask_ratio_end
+    position = clock.epoch if config.pixel_mask_ratio_by_epoch else clock.step
+    length = config.pixel_mask_ratio_epochs * clock.steps_per_epoch
+    return start if end is None else ramp_steps(position, start, end, length)
 
 
 def crop_boxes(keys: Tensor, height: Tensor, width: Tensor, count: int, scale: Range, aspect: Range) -> Tensor:
@@ -204,6 +220,54 @@ def words_only(mask: Tensor, lengths: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Masks:
+    """What is drawn for the samples of a step, on the host, before they are cut to micro-batches."""
+
+    tokens: Tensor
+    """int64 [B, C]: start id, words, end id, zeros"""
+    block_mask: Tensor
+    """bool [G, B, P], true = replaced by the mask token"""
+    kept: Tensor
+    """int64 [G, B, K]: patches the reconstruction sees"""
+    removed: Tensor
+    """int64 [G, B, P - K]: patches it must predict"""
+    caption_mask: Tensor
+    """bool [B, C], true = replaced by the mask id"""
+    drop_keys: Tensor
+    """int64 [B]: random keys of stochastic depth"""
+
+    def micro_batch(self, part: slice) -> Masks:
+        """Those of some of the samples."""
+        by_crop = (t[:, part] for t in (self.block_mask, self.kept, self.removed))
+        return Masks(self.tokens[part], *by_crop, self.caption_mask[part], self.drop_keys[part])
+
+
+def draw_masks(
+    config: ViewsConfig, patch_size: int, tokens: Tensor, index: Tensor, seed: int, epoch: int, ratio: float
+) -> Masks:
+    """Draw what belongs to each sample in this epoch.
+
+    tokens: int64 [B, C]; index: int64 [B], the samples' places in the data set; both on the host. ratio: share of
+    patches removed for the reconstruction (see `pixel_ratio`).
+    """
+    side, crops = config.global_size // patch_size, config.global_crops
+
+    def keys(purpose: Purpose) -> Tensor:
+        return sample_keys(seed, epoch, index, purpose)
+
+    block = block_masks(
+        split(keys(Purpose.BLOCK_MASK), crops).T, side, config.block_ratios, config.block_ratio_spreads,
+        config.block_aspect,
+    )  # fmt: skip
+    kept, removed = pixel_masks(split(keys(Purpose.PIXEL_MASK), crops).T, side * side, ratio)
+    if config.caption_cut_ratio:
+        tokens = cut_captions(keys(Purpose.CAPTION_CUT), tokens, config.caption_cut_ratio, config.caption_separators)
+    lengths = caption_lengths(tokens)
+    words = caption_masks(keys(Purpose.CAPTION_MASK), lengths, tokens.shape[1], config.caption_mask_ratio)
+    return Masks(tokens, block, kept, removed, words, keys(Purpose.DROP_PATH))
+
+
+@dataclass(frozen=True)
 class Views:
     """The views of one micro-batch, ready for the encoders. Index tensors are made on the host: no device sync."""
 
@@ -229,6 +293,8 @@ class Views:
     """int64 [W]: places of the true entries in the flattened caption_mask"""
     drop_keys: Tensor
     """int64 [B]: random keys of stochastic depth"""
+    masked_words: Tensor
+    """float32 []: masked words of this rank's whole step, divided by its micro-batches"""
 
     @property
     def batch_size(self) -> int:
@@ -241,29 +307,26 @@ class Views:
         return Views(**{n: t if n == "lengths" else t.to(device, non_blocking=True) for n, t in moved.items()})
 
 
-def assemble(
-    global_crops: Tensor,
-    local_crops: Tensor,
-    tokens: Tensor,
-    block_mask: Tensor,
-    kept: Tensor,
-    removed: Tensor,
-    caption_mask: Tensor,
-    drop_keys: Tensor,
-) -> Views:
-    """`Views` from crops and masks, with the index tensors derived. Masks and tokens must be on the host."""
+def assemble(global_crops: Tensor, local_crops: Tensor, masks: Masks, masked_words: float | None = None) -> Views:
+    """`Views` from crops and masks, with the index tensors derived.
+
+    global_crops: float32 [G, B, 3, H, W]; local_crops: float32 [N, B, 3, h, w]. masked_words: see `Views`; None: this
+    micro-batch is the whole step.
+    """
+    caption_index = masks.caption_mask.flatten().nonzero().squeeze(1)
     return Views(
         global_crops=global_crops,
         local_crops=local_crops,
-        tokens=tokens,
-        lengths=caption_lengths(tokens),
-        block_mask=block_mask,
-        block_index=block_mask.flatten().nonzero().squeeze(1),
-        kept=kept,
-        removed=removed,
-        caption_mask=caption_mask,
-        caption_index=caption_mask.flatten().nonzero().squeeze(1),
-        drop_keys=drop_keys,
+        tokens=masks.tokens,
+        lengths=caption_lengths(masks.tokens),
+        block_mask=masks.block_mask,
+        block_index=masks.block_mask.flatten().nonzero().squeeze(1),
+        kept=masks.kept,
+        removed=masks.removed,
+        caption_mask=masks.caption_mask,
+        caption_index=caption_index,
+        drop_keys=masks.drop_keys,
+        masked_words=torch.tensor(float(len(caption_index)) if masked_words is None else masked_words),
     )
 
 
@@ -277,24 +340,6 @@ def draw_views(
     seed: int,
     epoch: int,
 ) -> Views:
-    """Draw the masks of a micro-batch and put its views together.
-
-    global_crops: float32 [G, B, 3, H, W]; local_crops: float32 [N, B, 3, h, w]; tokens: int64 [B, C];
-    index: int64 [B], the samples' places in the data set. Tokens and index must be on the host.
-    """
-    side = config.global_size // patch_size
-
-    def keys(purpose: Purpose) -> Tensor:
-        return sample_keys(seed, epoch, index, purpose)
-
-    crops = config.global_crops
-    block = block_masks(
-        split(keys(Purpose.BLOCK_MASK), crops).T, side, config.block_ratios, config.block_ratio_spreads,
-        config.block_aspect,
-    )  # fmt: skip
-    kept, removed = pixel_masks(split(keys(Purpose.PIXEL_MASK), crops).T, side * side, config.pixel_mask_ratio)
-    if config.caption_cut_ratio:
-        tokens = cut_captions(keys(Purpose.CAPTION_CUT), tokens, config.caption_cut_ratio, config.caption_separators)
-    lengths = caption_lengths(tokens)
-    words = caption_masks(keys(Purpose.CAPTION_MASK), lengths, tokens.shape[1], config.caption_mask_ratio)
-    return assemble(global_crops, local_crops, tokens, block, kept, removed, words, keys(Purpose.DROP_PATH))
+    """Masks drawn and put together with crops that are there: `draw_masks` and `assemble` at the first step's ratio."""
+    masks = draw_masks(config, patch_size, tokens, index, seed, epoch, config.pixel_mask_ratio)
+    return assemble(global_crops, local_crops, masks)

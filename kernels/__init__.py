@@ -1,6 +1,19 @@
 """HOW the hot spots are computed: one file per operation. Imports nothing else of this project."""
 
+from .contrastive import contrastive_loss, contrastive_terms
 from .ema import ema_update_
+from .interpreter import install, interpreting
 from .masked_attention import masked_attention
+from .prototype_ce import prototype_cross_entropy, prototype_sums
 
-__all__ = ["ema_update_", "masked_attention"]
+__all__ = [
+    "contrastive_loss",
+    "contrastive_terms",
+    "ema_update_",
+    "masked_attention",
+    "prototype_cross_entropy",
+    "prototype_sums",
+]
+
+if interpreting():
+    install()

@@ -5,54 +5,263 @@ Letters in shapes: T tokens of all sequences laid end to end, S sequences, H hea
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._attention_layout import Layout, layout_of
+from .dispatch import choose
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_DENSE_BACKWARD = 2**25
+"""Attention weights that the compiled torch backend's backward pass holds at once: 128 MiB in fp32."""
+
 
 def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int, *, causal: bool = False,
-    scale: float | None = None,
+    key_mask: Tensor | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
     """softmax(scale Q K^T) V inside each sequence (Vaswani et al. 2017, section 3.2.1).
 
-    q, k, v: [T, H, D], any strides with a contiguous last dimension. offsets: int32 [S + 1] on the host, from 0 to T;
-    sequence s owns tokens offsets[s] to offsets[s + 1]. max_length: the longest sequence. scale: default D^-1/2.
-    Returns [T, H, D].
+    q, k, v: [T, H, D], fp16, bf16, fp32 or fp64, any strides; not copied if the last dimension is contiguous.
+    offsets: int32 [S + 1] from 0 to T, on the host or beside q; sequence s owns tokens offsets[s] to offsets[s + 1],
+    none if they are equal. max_length: tokens of the longest sequence. causal: a query sees no key after its own
+    position. key_mask: bool [T], beside q, true = may be attended to; a query that may attend to nothing gives zeros
+    and passes no gradient. scale: default D^-1/2. Returns [T, H, D]. Raises ValueError naming the wrong argument.
 
-    Neighbouring sequences of equal length become one batched call, so pack sequences sorted by length.
-    Raises ValueError if the offsets do not cover the tokens.
+    Backends (`dispatch`): triton for fp16, bf16, fp32 and D up to 128, with sums and softmax in fp32 and gradients
+    that are the same bits in every run; torch for everything; xformers on CUDA, without key_mask and fp64.
+    What the offsets say is remembered with the tensor, so pass the same tensor to all layers. The torch backend makes
+    one call for neighbouring sequences of equal length, so pack sequences sorted by length.
+    Under torch.compile the call is one operator, harmony_fast::masked_attention, on every backend; without it, on
+    triton alone, and elsewhere autograd goes through PyTorch's or xformers' operators.
     """
+    _check(q, k, v, offsets, max_length, key_mask)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, not {scale}")
+    if not torch.compiler.is_compiling() and (backend := _backend(q, key_mask)) != "triton":
+        layout = layout_of(offsets, q.shape[0], max_length)
+        return _composed(backend, q, k, v, layout, key_mask, causal, scale)
+    return torch.ops.harmony_fast.masked_attention(q, k, v, offsets, key_mask, max_length, causal, scale)[0]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int, key_mask: Tensor | None) -> None:
+    """Raise ValueError for what shapes, dtypes and devices tell; `layout_of` reads the offsets' values."""
     if q.shape != k.shape or q.shape != v.shape or q.dim() != 3:
         raise ValueError(f"q, k, v must be [T, H, D] of one shape, not {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
-    if int(offsets[-1]) != q.shape[0]:
-        raise ValueError(f"offsets end at {int(offsets[-1])}, but there are {q.shape[0]} tokens")
+    if 0 in q.shape:
+        raise ValueError(f"q, k, v hold no numbers: {[*q.shape]}")
+    if q.dtype not in _DTYPES:
+        raise ValueError(f"q must be float16, bfloat16, float32 or float64, not {str(q.dtype)[6:]}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} must be {q.dtype} on {q.device} as q is, not {x.dtype} on {x.device}")
+    if offsets.dim() != 1 or offsets.shape[0] < 2 or offsets.dtype != torch.int32:
+        raise ValueError(f"offsets must be int32 [S + 1] of S >= 1 sequences, not {offsets.dtype} {[*offsets.shape]}")
+    if offsets.device.type != "cpu" and offsets.device != q.device:
+        raise ValueError(f"offsets must be on the host or on {q.device} with q, not on {offsets.device}")
+    if max_length < 1:
+        raise ValueError(f"max_length must be at least 1, not {max_length}")
+    if key_mask is not None and (key_mask.shape != q.shape[:1] or key_mask.dtype != torch.bool):
+        raise ValueError(f"key_mask must be bool [{q.shape[0]}], not {key_mask.dtype} {[*key_mask.shape]}")
+    if key_mask is not None and key_mask.device != q.device:
+        raise ValueError(f"key_mask must be on {q.device} with q, not on {key_mask.device}")
+
+
+def _backend(q: Tensor, key_mask: Tensor | None) -> str:
+    """triton, torch or xformers."""
+    unsupported = {}
+    if key_mask is not None:
+        unsupported["xformers"] = "xformers' block-diagonal masks take no key_mask"
+    elif q.dtype == torch.float64:
+        unsupported["xformers"] = "xformers takes no float64"
+    if q.shape[-1] > 128:
+        unsupported["triton"] = f"the Triton kernels take heads of up to 128, not {q.shape[-1]}"
+    return choose("attention", q, unsupported).backend
+
+
+@torch.library.custom_op(
+    "harmony_fast::masked_attention", mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor? key_mask, SymInt max_length, bool causal, "
+    "float scale) -> (Tensor, Tensor)",
+)  # fmt: skip
+def _forward_op(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, key_mask: Tensor | None, max_length: int, causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out [T, H, D] and lse fp32 [H, T], the base-2 log-sum-exp (zeros where the backend is not Triton)."""
+    layout = layout_of(offsets, q.shape[0], max_length)
+    backend = _backend(q, key_mask)
+    if backend == "triton":
+        return _triton().forward(*map(_rows_contiguous, (q, k, v)), layout, key_mask, causal, scale)
+    out = _composed(backend, q, k, v, layout, key_mask, causal, scale)
+    return out.contiguous(), q.new_zeros((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+@_forward_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "harmony_fast::masked_attention_backward", mutates_args=(),
+    schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor offsets, Tensor? key_mask, "
+    "SymInt max_length, bool causal, float scale) -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def _backward_op(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, offsets: Tensor,
+    key_mask: Tensor | None, max_length: int, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv [T, H, D]."""
+    layout = layout_of(offsets, q.shape[0], max_length)
+    if _backend(q, key_mask) == "triton":
+        dout, q, k, v = map(_rows_contiguous, (dout, q, k, v))
+        return _triton().backward(dout, q, k, v, out, lse, layout, key_mask, causal, scale)
+    return _dense_backward(dout, q, k, v, out, layout, key_mask, causal, scale)
+
+
+@_backward_op.register_fake
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, offsets, key_mask, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, offsets, key_mask)
+
+
+def _differentiate(ctx: torch.autograd.function.FunctionCtx, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.harmony_fast.masked_attention_backward(dout, *ctx.saved_tensors, *ctx.rest)
+    return *gradients, None, None, None, None, None
+
+
+_forward_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    """x itself if its last dimension is contiguous: views into a fused projection are not copied."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _triton() -> ModuleType:
+    """The Triton kernels, imported when they are first used: Triton exists on Linux alone."""
+    from . import masked_attention_triton
+
+    return masked_attention_triton
+
+
+def _composed(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, key_mask: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """Attention by the operators of PyTorch or xformers, with their autograd."""
+    if backend == "xformers":
+        return _xformers(q, k, v, layout, causal, scale)
     parts = []
-    for start, count, length in equal_length_runs(offsets):
-        block = slice(start, start + count * length)
-        qs, ks, vs = (x[block].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=causal, scale=scale)
+    for block, shape in _blocks(layout):
+        qs, ks, vs = (x[block].unflatten(0, shape).transpose(1, 2) for x in (q, k, v))
+        allowed, idle = _allowed(key_mask, block, shape, causal)
+        out = F.scaled_dot_product_attention(
+            qs, ks, vs, attn_mask=allowed, is_causal=causal and allowed is None, scale=scale
+        )
+        if idle is not None:
+            out = out.masked_fill(idle, 0)
         parts.append(out.transpose(1, 2).flatten(0, 1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def equal_length_runs(offsets: Tensor) -> list[tuple[int, int, int]]:
-    """Neighbouring sequences of equal length: a list of (first token, sequences, length)."""
-    lengths, counts = torch.unique_consecutive(offsets.diff(), return_counts=True)
-    starts = torch.cumsum(lengths.long() * counts, 0) - lengths * counts
-    return [(s, c, n) for s, c, n in zip(starts.tolist(), counts.tolist(), lengths.tolist(), strict=True) if n]
+def _blocks(layout: Layout) -> Iterator[tuple[slice, tuple[int, int]]]:
+    """Tokens of neighbouring sequences of equal length, and their shape: (sequences, length)."""
+    for start, count, length in layout.runs:
+        yield slice(start, start + count * length), (count, length)
+
+
+def _allowed(
+    key_mask: Tensor | None, block: slice, shape: tuple[int, int], causal: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which keys each query may see, bool [count, 1, length or 1, length], and which queries see none, with last 1.
+
+    None if the mask hides nothing; on the CPU alone, since elsewhere looking would mean waiting. A query without keys
+    is let see all of them, so that its softmax exists; its output is set to zero.
+    """
+    if key_mask is None or (not key_mask.is_cuda and bool(key_mask[block].all())):
+        return None, None
+    allowed = key_mask[block].view(shape)[:, None, None, :]
+    if causal:
+        allowed = allowed & torch.ones(shape[1], shape[1], dtype=torch.bool, device=key_mask.device).tril()
+    idle = ~allowed.any(-1, keepdim=True)
+    return allowed | idle, idle
+
+
+def _dense_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, layout: Layout, key_mask: Tensor | None, causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv with the attention weights written out for a few sequences at a time.
+
+    For the operator under `torch.compile` on the torch backend: inside an operator there is no autograd to ask.
+    """
+    gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    for block, (count, length) in _blocks(layout):
+        step = max(1, _DENSE_BACKWARD // (q.shape[1] * length**2))
+        for first in range(0, count, step):
+            shape = min(step, count - first), length
+            piece = slice(block.start + first * length, block.start + (first + shape[0]) * length)
+            tensors = (x[piece].unflatten(0, shape).transpose(1, 2) for x in (dout, q, k, v, out))
+            results = _dense_gradients(*tensors, *_allowed(key_mask, piece, shape, causal), causal, scale)
+            for gradient, result in zip(gradients, results, strict=True):
+                gradient[piece] = result.transpose(1, 2).flatten(0, 1)
+    return gradients
+
+
+def _dense_gradients(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, allowed: Tensor | None, idle: Tensor | None,
+    causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The formulas of `_attention_kernels`, on [count, H, length, D]."""
+    work = torch.promote_types(q.dtype, torch.float32)
+    dout, q, k, v, out = (x.to(work) for x in (dout, q, k, v, out))
+    if causal and allowed is None:
+        allowed = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+    scores = q @ k.transpose(-1, -2) * scale
+    p = (scores if allowed is None else scores.masked_fill(~allowed, -math.inf)).softmax(-1)
+    if idle is not None:
+        p = p.masked_fill(idle, 0)
+    ds = p * (dout @ v.transpose(-1, -2) - (dout * out).sum(-1, keepdim=True)) * scale
+    return ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ dout
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool, scale: float) -> Tensor:
+    """xformers' memory-efficient attention with a block-diagonal mask; CUDA alone."""
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask, BlockDiagonalMask
+
+    kind = BlockDiagonalCausalMask if causal else BlockDiagonalMask
+    lengths = layout.lengths[layout.lengths > 0]
+    bias = layout.once(("xformers", kind, q.device), lambda: kind.from_seqlens(lengths.tolist(), device=q.device))
+    q, k, v = (_rows_contiguous(x)[None] for x in (q, k, v))
+    return memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale)[0]
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *, causal: bool = False, scale: float | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *, causal: bool = False, key_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """The readable form: one sequence at a time, the attention matrix written out."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out = torch.empty_like(q)
     for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         scores = torch.einsum("ihd,jhd->hij", q[start:stop], k[start:stop]) * scale
+        allowed = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device)
         if causal:
-            ahead = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).triu(1)
-            scores = scores.masked_fill(ahead, float("-inf"))
-        out[start:stop] = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v[start:stop])
+            allowed = allowed.tril()
+        if key_mask is not None:
+            allowed = allowed & key_mask[start:stop]
+        idle = ~allowed.any(-1, keepdim=True)
+        weights = scores.masked_fill(~(allowed | idle), -math.inf).softmax(-1).masked_fill(idle, 0)
+        out[start:stop] = torch.einsum("hij,jhd->ihd", weights, v[start:stop])
     return out

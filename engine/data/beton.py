@@ -1,17 +1,12 @@
-"""FFCV's `.beton` format (version 2): a streaming writer and a checked opener.
+"""FFCV's `.beton` files (see `beton_format`): a streaming writer and a checked opener.
 
-    header | 3 field descriptors | metadata[N] | data region | allocation table[3N]
-
-The fields of a sample are `image` (JPEG bytes), `tokens` (int32 [context]) and `key` (UTF-8 sample id). FFCV's own
-`DatasetWriter` compresses images a second time and waits for ever when one of its workers dies; this one takes JPEG
-bytes as they are, needs no workers, and writes the same bytes for the same samples. FFCV's stock `Reader` and `Loader`
-read the file. The record types are written out here so that a file can be made or checked without importing FFCV, which
-takes seconds; a test holds them against `ffcv.types`.
+FFCV's own `DatasetWriter` compresses images a second time and waits for ever when one of its workers dies; this one
+takes JPEG bytes as they are, needs no workers, and writes the same bytes for the same samples. FFCV's stock `Reader`
+and `Loader` read the file.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -20,49 +15,29 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+from zlib import crc32
 
 import numpy as np
 
 from ..errors import DataError
+from .beton_format import (
+    ALLOCATION,
+    DATA_START,
+    FIELD,
+    FIELDS,
+    FIELDS_SEVERAL,
+    HEADER,
+    METADATA,
+    METADATA_SEVERAL,
+    MODE_JPEG,
+    PAGE,
+    VERSION,
+    data_start,
+    descriptors,
+)  # fmt: skip
 
-VERSION = 2
-PAGE = 8 << 20
-"""Smallest page, bytes. A page is what FFCV reads at once when a file does not fit in memory; no sample crosses one."""
-
-HEADER = np.dtype(
-    [
-        ("version", "<u2"),
-        ("num_fields", "<u2"),
-        ("page_size", "<u4"),
-        ("num_samples", "<u8"),
-        ("alloc_table_ptr", "<u8"),
-    ],
-    align=True,
-)
-FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)])
-ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
-IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
-KEY = np.dtype([("ptr", "<u8"), ("size", "<u8")])
-METADATA = np.dtype([("image", IMAGE), ("tokens", "<u8"), ("key", KEY)], align=True)
-
-FIELDS = {"image": 2, "tokens": 4, "key": 3}  # name -> FFCV's type id: RGBImageField, NDArrayField, BytesField
-DATA_START = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
-MODE_JPEG = 0
-CHUNK = 1 << 14  # samples whose metadata is buffered by the writer, allocations whose bounds are checked at once
-
-
-def descriptors(context: int) -> np.ndarray:
-    """The field descriptors of a file whose captions are `context` tokens long: FIELD [3]."""
-    fields = np.zeros(len(FIELDS), FIELD)
-    for field, (name, type_id) in zip(fields, FIELDS.items(), strict=True):
-        field["type_id"] = type_id
-        field["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
-    dtype = json.dumps([["", "<i4"]]).encode()
-    shape_and_length = np.zeros(33, "<u8")  # FFCV: 32 dimensions (0 = unused), then the length of the type's JSON
-    shape_and_length[[0, 32]] = context, len(dtype)
-    arguments = shape_and_length.tobytes() + dtype
-    fields[1]["arguments"][: len(arguments)] = np.frombuffer(arguments, np.uint8)
-    return fields
+CHUNK = 1 << 14  # samples whose metadata is buffered by the writer, allocations that are checked at once
+PROBES = 256  # samples whose allocations are checked when a file is opened
 
 
 class BetonWriter:
@@ -72,44 +47,65 @@ class BetonWriter:
     the block ends in an exception. Memory does not grow with the number of samples.
     """
 
-    def __init__(self, path: Path, count: int, context: int, page_size: int = PAGE) -> None:
-        """page_size: bytes, a power of two below 2**32, at least the largest sample (image + tokens + key)."""
+    def __init__(self, path: Path, count: int, context: int, page_size: int = PAGE, several: bool = False) -> None:
+        """page_size: bytes, a power of two below 2**32, at least the largest sample (image + tokens + key).
+
+        several: samples have one or more captions, all of which are kept.
+        """
         if page_size & (page_size - 1) or not 0 < page_size < 1 << 32:
             raise ValueError(f"page size {page_size} is not a power of two below 2**32")
         self.path, self.count, self.context, self.page_size = Path(path), count, context, page_size
+        self.several = several
         self.temporary = self.path.with_name(self.path.name + ".tmp")
         self.written = 0
-        self._rows = np.zeros(CHUNK, METADATA)
-        self._allocations = np.zeros((CHUNK, len(FIELDS)), ALLOCATION)
-        self._end = DATA_START + count * METADATA.itemsize
+        fields = len(FIELDS_SEVERAL if several else FIELDS)
+        self._rows = np.zeros(CHUNK, METADATA_SEVERAL if several else METADATA)
+        self._allocations = np.zeros((CHUNK, fields), ALLOCATION)
+        self._start = data_start(fields)
+        self._end = self._start + count * self._rows.itemsize
 
     def __enter__(self) -> BetonWriter:
         self._file: BinaryIO = open(self.temporary, "wb", buffering=1 << 20)
-        # The allocation table comes last in the file but grows with every sample: it waits in a nameless file.
+        # Checksums and table come last in the file but grow with every sample: they wait in nameless files.
         self._table: BinaryIO = tempfile.TemporaryFile(dir=self.path.parent)
+        self._checksums: BinaryIO = tempfile.TemporaryFile(dir=self.path.parent)
         self._file.seek(self._end)
         return self
 
     def write(self, image: bytes | memoryview, width: int, height: int, tokens: np.ndarray, key: str) -> None:
-        """Append one sample: JPEG bytes, their size in pixels, int32 [context] tokens, a key that is not empty."""
+        """Append one sample: JPEG bytes, their size in pixels, a key that is not empty, and tokens.
+
+        tokens: int32 [context], or with several captions [k, context], k >= 1.
+        """
         name = key.encode()
-        if tokens.dtype != np.int32 or tokens.shape != (self.context,) or not name or not len(image):
+        shape = tokens.shape[1:] if self.several and len(tokens) else tokens.shape
+        if tokens.dtype != np.int32 or shape != (self.context,) or not name or not len(image):
             raise ValueError(f"sample {key!r}: int32 tokens [{self.context}], an image and a key are needed")
-        row, allocations = self._rows[self.written % CHUNK], self._allocations[self.written % CHUNK]
-        start = self._place(len(image) + tokens.nbytes + len(name))
-        starts = start, start + len(image), start + len(image) + tokens.nbytes
-        row["image"] = MODE_JPEG, width, height, starts[0]
-        row["tokens"] = starts[1]
-        row["key"] = starts[2], len(name)
-        allocations["sample_id"] = self.written
-        allocations["ptr"] = starts
-        allocations["size"] = len(image), tokens.nbytes, len(name)
-        self._file.write(image)
-        self._file.write(tokens.tobytes())
-        self._file.write(name)
+        first = tokens[0] if self.several else tokens
+        pieces = [image, first.tobytes(), name, *([tokens.tobytes()] if self.several else [])]
+        self._note(width, height, [len(piece) for piece in pieces])
+        checksum = 0
+        for piece in pieces:
+            self._file.write(piece)
+            checksum = crc32(piece, checksum)
+        self._checksums.write(checksum.to_bytes(4, "little"))
         self.written += 1
         if self.written % CHUNK == 0:
             self._flush(CHUNK)
+
+    def _note(self, width: int, height: int, sizes: list[int]) -> None:
+        """Find a place for the next sample's pieces, and enter it in the metadata and the allocation table."""
+        row, allocations = self._rows[self.written % CHUNK], self._allocations[self.written % CHUNK]
+        start = self._place(sum(sizes))
+        starts = [start + sum(sizes[:i]) for i in range(len(sizes))]
+        row["image"] = MODE_JPEG, width, height, starts[0]
+        row["tokens"] = starts[1]
+        row["key"] = starts[2], sizes[2]
+        if self.several:
+            row["captions"] = starts[3], sizes[3]
+        allocations["sample_id"] = self.written
+        allocations["ptr"] = starts
+        allocations["size"] = sizes
 
     def _place(self, size: int) -> int:
         """Where the next sample starts: here, or on the next page if it would cross into it."""
@@ -123,7 +119,8 @@ class BetonWriter:
 
     def _flush(self, rows: int) -> None:
         first = self.written - rows
-        os.pwrite(self._file.fileno(), self._rows[:rows].tobytes(), DATA_START + first * METADATA.itemsize)
+        place = self._start + first * self._rows.itemsize
+        os.pwrite(self._file.fileno(), self._rows[:rows].tobytes(), place)
         self._table.write(self._allocations[:rows].tobytes())
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -132,7 +129,7 @@ class BetonWriter:
                 self._finish()
         finally:
             self.temporary.unlink(missing_ok=True)
-            for file in (self._table, self._file):
+            for file in (self._checksums, self._table, self._file):
                 with suppress(OSError):  # a full disk is met again when buffers are flushed; it was reported already
                     file.close()
 
@@ -140,11 +137,15 @@ class BetonWriter:
         if self.written != self.count:
             raise ValueError(f"{self.written} samples written, {self.count} announced")
         self._flush(self.written % CHUNK)
-        self._table.seek(0)
-        shutil.copyfileobj(self._table, self._file, 1 << 20)
-        header = np.array((VERSION, len(FIELDS), self.page_size, self.count, self._end), HEADER)
+        checksums = self._end + -self._end % 8
+        self._file.seek(checksums)
+        for waiting in (self._checksums, self._table):
+            waiting.seek(0)
+            shutil.copyfileobj(waiting, self._file, 1 << 20)
+        fields = descriptors(self.context, self.several, checksums)
+        header = np.array((VERSION, len(fields), self.page_size, self.count, checksums + 4 * self.count), HEADER)
         self._file.seek(0)
-        self._file.write(header.tobytes() + descriptors(self.context).tobytes())
+        self._file.write(header.tobytes() + fields.tobytes())
         sync(self._file)
         os.replace(self.temporary, self.path)
         sync_folder(self.path.parent)
@@ -167,18 +168,43 @@ def sync_folder(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Beton:
-    """A `.beton` whose structure was checked."""
+    """A `.beton` whose structure was checked. Opening takes the same time for any number of samples."""
 
     path: Path
     context: int
     """Tokens per caption."""
     page_size: int
     """Bytes."""
+    data_end: int
+    """Byte before which all samples' data lie."""
+    checksums: np.memmap | None
+    """uint32 [N], mapped, read-only: CRC-32 of image, tokens, key and captions of each; None where there are none."""
     metadata: np.memmap
-    """METADATA [N], mapped, read-only."""
+    """METADATA or METADATA_SEVERAL [N], mapped, read-only."""
+    allocations: np.memmap
+    """ALLOCATION [N, fields], mapped, read-only; rows in the samples' order unless `sorted_images` is set."""
+    sorted_images: np.ndarray | None = None
+    """ALLOCATION [N * fields] by pointer, of a file whose table is in another order (FFCV's own writer)."""
 
     def __len__(self) -> int:
         return len(self.metadata)
+
+    @property
+    def several(self) -> bool:
+        """Whether samples have one or more captions each."""
+        return "captions" in self.metadata.dtype.names
+
+    def image_sizes(self, rows: np.ndarray) -> np.ndarray:
+        """Bytes of the images of samples `rows` (int64 [B]): int64 [B]; 0 where the file's tables disagree."""
+        starts = self.metadata["image"]["data_ptr"][rows]
+        if self.sorted_images is None:
+            found = self.allocations[rows, 0]
+        else:
+            place = np.searchsorted(self.sorted_images["ptr"], starts)
+            found = self.sorted_images[np.minimum(place, len(self.sorted_images) - 1)]
+        sizes = found["size"]
+        good = (found["ptr"] == starts) & (starts <= self.data_end) & (sizes <= self.data_end - starts)
+        return np.where(good, sizes, 0).astype(np.int64)
 
     def keys(self, indices: Iterable[int] | None = None) -> list[str]:
         """Sample ids of `indices` (all by default), reading only those.
@@ -200,22 +226,35 @@ class Beton:
 
 
 def open_beton(path: str | Path) -> Beton:
-    """Open `path` and check its structure: kind, version, fields, length, and that all its pointers stay inside.
+    """Open `path` and check its structure: kind, version, fields, length, and some of its pointers.
 
     Raises DataError (one line) if it is missing, not a beton, cut short, empty, or has other fields. Reads the header
-    and the allocation table (72 bytes a sample), not the samples.
+    and a few pages of the tables, whatever the number of samples; whoever uses a sample checks its pointers, and
+    `verify.verify` checks everything.
     """
     path = Path(path)
     with _unreadable_explained(path):
         size = path.stat().st_size
         with open(path, "rb") as file:
-            start = file.read(DATA_START)
+            start = file.read(data_start(len(FIELDS_SEVERAL)))
         header = _check_header(path, start, size)
-        context = _check_fields(path, start[HEADER.itemsize :])
+        fields = int(header["num_fields"])
+        context, checked = _check_fields(path, start[HEADER.itemsize : data_start(fields)])
         count, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
-        _check_allocations(path, np.memmap(path, ALLOCATION, "r", table, (count * len(FIELDS),)), table)
-        metadata = np.memmap(path, METADATA, "r", DATA_START, (count,))
-    return Beton(path, context, int(header["page_size"]), metadata)
+        if checked and checked != table - 4 * count:
+            raise DataError(f"{path}: damaged, its checksums are not where they should be; prepare it again")
+        checksums = np.memmap(path, "<u4", "r", checked, (count,)) if checked else None
+        allocations = np.memmap(path, ALLOCATION, "r", table, (count, fields))
+        metadata = np.memmap(path, _metadata_type(fields), "r", data_start(fields), (count,))
+    end = checked or table
+    by_pointer = None
+    if not _check_allocations(path, allocations, metadata, end):
+        by_pointer = np.sort(allocations.reshape(-1), order="ptr")
+    return Beton(path, context, int(header["page_size"]), end, checksums, metadata, allocations, by_pointer)
+
+
+def _metadata_type(fields: int) -> np.dtype:
+    return METADATA if fields == len(FIELDS) else METADATA_SEVERAL
 
 
 @contextmanager
@@ -230,33 +269,46 @@ def _unreadable_explained(path: Path) -> Iterator[None]:
 
 def _check_header(path: Path, start: bytes, size: int) -> np.void:
     header = np.frombuffer(start[: HEADER.itemsize].ljust(HEADER.itemsize, b"\0"), HEADER)[0]
-    page = int(header["page_size"])
+    page, fields = int(header["page_size"]), int(header["num_fields"])
     if len(start) < HEADER.itemsize or header["version"] != VERSION or page < 1 << 12 or page & (page - 1):
         raise DataError(f"{path}: not an FFCV file of version {VERSION} (.beton); make one with `harmony-fast prepare`")
-    if header["num_fields"] != len(FIELDS):
-        raise DataError(f"{path}: has {header['num_fields']} fields, not {', '.join(FIELDS)}; prepare it again")
+    if fields not in (len(FIELDS), len(FIELDS_SEVERAL)):
+        raise DataError(f"{path}: has {fields} fields, not {', '.join(FIELDS)}; prepare it again")
     count, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
     if count == 0:
         raise DataError(f"{path}: holds no sample")
-    if table < DATA_START + count * METADATA.itemsize or size != table + count * len(FIELDS) * ALLOCATION.itemsize:
+    end = data_start(fields) + count * _metadata_type(fields).itemsize
+    if table < end or size != table + count * fields * ALLOCATION.itemsize:
         raise DataError(f"{path}: cut short or damaged ({size} bytes do not fit its header); prepare it again")
     return header
 
 
-def _check_fields(path: Path, stored: bytes) -> int:
-    """The context length, after comparing the descriptors byte by byte with those of such a file."""
+def _check_fields(path: Path, stored: bytes) -> tuple[int, int]:
+    """Context length and place of the checksums, after comparing the descriptors byte by byte with those of such a
+    file."""
     fields = np.frombuffer(stored, FIELD)
+    checksums = int(fields[0]["arguments"][:8].view("<u8")[0])
     context = int(fields[1]["arguments"][:8].view("<u8")[0])
-    if not 0 < context < 1 << 16 or descriptors(context).tobytes() != stored:
+    several = len(fields) == len(FIELDS_SEVERAL)
+    if not 0 < context < 1 << 16 or descriptors(context, several, checksums).tobytes() != stored:
         names = ", ".join(bytes(name).split(b"\0")[0].decode("ascii", "replace") for name in fields["name"])
         raise DataError(f"{path}: its fields ({names}) are not image (JPEG), tokens (int32), key; prepare it again")
-    return context
+    return context, checksums
 
 
-def _check_allocations(path: Path, allocations: np.memmap, end: int) -> None:
-    for first in range(0, len(allocations), CHUNK):
-        chunk = np.asarray(allocations[first : first + CHUNK])
-        # Compared this way round because ptr + size could wrap.
-        inside = (chunk["ptr"] >= DATA_START) & (chunk["ptr"] <= end) & (chunk["size"] <= end - chunk["ptr"])
-        if not inside.all():
-            raise DataError(f"{path}: damaged, a sample lies outside the file; prepare it again")
+def _check_allocations(path: Path, allocations: np.memmap, metadata: np.memmap, end: int) -> bool:
+    """Whether the table is in the samples' order, as far as the probes tell. Raises DataError at one outside."""
+    rows = np.unique(np.linspace(0, len(allocations) - 1, PROBES).astype(np.int64))
+    probes = np.asarray(allocations[rows])
+    if not inside(probes, end).all():
+        raise DataError(f"{path}: damaged, a sample lies outside the file; prepare it again")
+    pointers = metadata["image"]["data_ptr"][rows], metadata["tokens"][rows]
+    in_order = (probes["ptr"][:, 0] == pointers[0]) & (probes["ptr"][:, 1] == pointers[1])
+    return bool(in_order.mean() > 0.5)  # not all: a damaged entry says nothing about the others
+
+
+def inside(allocations: np.ndarray, end: int) -> np.ndarray:
+    """Whether each entry of an allocation table, ALLOCATION [...], lies between the header and byte `end`: bool."""
+    # Compared this way round because ptr + size could wrap.
+    ptr, size = allocations["ptr"], allocations["size"]
+    return (ptr >= DATA_START) & (ptr <= end) & (size <= end - np.minimum(ptr, end))

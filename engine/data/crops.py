@@ -1,17 +1,16 @@
-"""The FFCV operation that decodes each JPEG once and cuts all its crops, compiled by numba.
+"""Decode each JPEG once and cut all its crops, compiled by numba around FFCV's decoder and resize.
 
 Everything heavy is a module-level function, so that numba keeps the machine code on disk and a later process starts
 at once. What changes between epochs comes in as an argument (`epoch_key`), never as a captured value: numba freezes
 those. Random numbers and boxes are those of `harmony.randomness` and `harmony.views.crop_boxes`, operation by
-operation in float64; a test compares them.
+operation in float64; a test compares them. `ffcv_operation` makes an operation for FFCV's own loader of it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -26,13 +25,13 @@ from ...harmony.randomness import Purpose
 from ...harmony.views import CROP_ATTEMPTS, ViewsConfig
 from . import ffcv_import  # noqa: F401 - before FFCV's own parts
 
-from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder  # isort: skip
-from ffcv.libffcv import ctypes_imdecode, ctypes_resize  # isort: skip
-from ffcv.pipeline.allocation_query import AllocationQuery  # isort: skip
-from ffcv.pipeline.state import State  # isort: skip
+from ffcv.fields.rgb_image import IMAGE_MODES  # isort: skip
+from ffcv.libffcv import ctypes_imdecode, ctypes_memcopy, ctypes_resize  # isort: skip
 
 GOLDEN, MIX1, MIX2 = np.uint64(_GOLDEN), np.uint64(_MIX1), np.uint64(_MIX2)
 CROP = np.uint64(int(Purpose.CROP))
+MOST_REDUCED = 8
+"""How many times smaller an image is decoded at most, where its crops allow."""
 JPG, RAW = int(IMAGE_MODES["jpg"]), int(IMAGE_MODES["raw"])
 
 
@@ -41,7 +40,7 @@ class Status(IntEnum):
 
     GOOD = 0
     NOT_STORED = 1
-    """the record points outside the file's data"""
+    """the file's tables lead nowhere"""
     NOT_DECODED = 2
     """the decoder reported an error, or raw pixels have another size than the record says"""
 
@@ -64,6 +63,7 @@ _jpeg_decode = _external(
     ctypes_imdecode,
     types.int32(types.uintp, types.uint64, _u32, _u32, types.uintp, *[_u32] * 8),
 )
+_copy = _external("harmony_fast_ffcv_memcpy", ctypes_memcopy, types.void(types.uintp, types.uintp, types.uint64))
 _area_resize = _external("harmony_fast_ffcv_resize", ctypes_resize, types.void(*[types.int64] * 11))
 
 
@@ -121,13 +121,6 @@ def crop_box(
 
 
 @njit(cache=True)
-def _decode(jpeg: np.ndarray, image: np.ndarray) -> int:
-    """Decode into `image` (uint8 [h, w, 3]); 0 if all went well, warnings of the decoder included."""
-    h, w = image.shape[0], image.shape[1]
-    return _jpeg_decode(jpeg.ctypes.data, jpeg.size, h, w, image.ctypes.data, h, w, 0, 0, 1, 1, 0, 0)
-
-
-@njit(cache=True)
 def _shrink(image: np.ndarray, top: int, left: int, h: int, w: int, out: np.ndarray) -> None:
     """Area interpolation: every source pixel counts as much as it is covered, so nothing aliases."""
     _area_resize(
@@ -177,113 +170,120 @@ def cut(image: np.ndarray, box: tuple[int, int, int, int], out: np.ndarray) -> N
 
 
 @njit(cache=True)
-def _load_image(mode: int, stored: np.ndarray, image: np.ndarray) -> int:
-    """Fill `image` from the bytes of a sample; a `Status`."""
+def _load_image(mode: int, address: int, size: int, height: int, width: int, part: int, image: np.ndarray) -> int:
+    """Fill `image` (uint8 [ceil(height / part), ceil(width / part), 3]) from the bytes of a sample; a `Status`."""
     if mode == JPG:
-        return _GOOD if _decode(stored, image) == 0 else _NOT_DECODED
-    if mode != RAW or stored.size != image.size:
+        verdict = _jpeg_decode(address, size, height, width, image.ctypes.data, height, width, 0, 0, 1, part, 0, 0)
+        return _GOOD if verdict == 0 else _NOT_DECODED
+    if mode != RAW or size != image.size:
         return _NOT_DECODED
-    image[:] = stored.reshape(image.shape)
+    _copy(address, image.ctypes.data, size)
     return _GOOD
 
 
 @njit(cache=True)
+def reduction(boxes: np.ndarray, sides: np.ndarray, most: int) -> int:
+    """1, 2, 4 or 8, at most `most`: how many times smaller the JPEG decoder may make the image, so that no crop is
+    enlarged by it.
+
+    boxes: int64 [crops, 4], top, left, height, width; sides: int64 [crops], of the finished crops, pixels. The decoder
+    then leaves out the high frequencies (DCT scaling), which is faster, and they could not be seen anyway. Boxes are
+    then cut at whole pixels of the smaller image, so a crop may move by half of one.
+    """
+    part = most
+    for c in range(len(boxes)):
+        while part > 1 and (boxes[c, 2] < sides[c] * part or boxes[c, 3] < sides[c] * part):
+            part //= 2
+    return part
+
+
+@njit(cache=True)
+def _reduced(start: int, length: int, part: int, side: int, whole: int) -> tuple[int, int]:
+    """Start and length of a box's side in an image made `part` times smaller, `whole` pixels long: whole pixels."""
+    first = (2 * start + part) // (2 * part)
+    last = (2 * (start + length) + part) // (2 * part)
+    last = min(max(last, first + side), whole)
+    return min(first, last - side), max(last - first, side)
+
+
+@njit(cache=True)
+def _boxes(key: np.uint64, height: int, width: int, geometry: np.ndarray, count: int, kind: int) -> np.ndarray:
+    """Boxes of the global (kind 0) or local (1) crops: int64 [count, 4]."""
+    boxes = np.empty((count, 4), np.int64)
+    for c in range(count):
+        boxes[c] = crop_box(child(child(key, kind), c), height, width, geometry[kind], geometry[2])
+    return boxes
+
+
+@njit(cache=True)
 def _cut_sample(
-    record: Any, storage: Any, key: np.uint64, geometry: np.ndarray, global_crops: np.ndarray, local_crops: np.ndarray
+    stored: tuple[int, int, int, int, int],
+    key: np.uint64,
+    geometry: np.ndarray,
+    most: int,
+    global_crops: np.ndarray,
+    local_crops: np.ndarray,
 ) -> int:
     """Decode one sample and cut its crops; a `Status`.
 
-    record: mode, height, width, pointer; geometry: rows global scale, local scale, aspect.
+    stored: mode, height, width, memory address, bytes; geometry: rows global scale, local scale, aspect.
     """
-    mode, height, width, pointer = record
-    file, pointers, sizes = storage
-    place = np.searchsorted(pointers, pointer)
-    if place == len(pointers) or pointers[place] != pointer:
+    mode, height, width, address, size = stored
+    if size == 0 or height == 0 or width == 0:
         return _NOT_STORED
-    start, end = np.int64(pointer), np.int64(pointer + sizes[place])
-    if end > file.size or height == 0 or width == 0:
-        return _NOT_STORED
-    image = np.empty((height, width, 3), np.uint8)
-    status = _load_image(mode, file[start:end], image)
+    globals_, locals_ = len(global_crops), len(local_crops)
+    boxes, sides = np.empty((globals_ + locals_, 4), np.int64), np.empty(globals_ + locals_, np.int64)
+    boxes[:globals_] = _boxes(key, height, width, geometry, globals_, 0)
+    boxes[globals_:] = _boxes(key, height, width, geometry, locals_, 1)
+    sides[:globals_], sides[globals_:] = global_crops.shape[1], local_crops.shape[1]
+    part = reduction(boxes, sides, most) if mode == JPG else 1
+    image = np.empty(((height + part - 1) // part, (width + part - 1) // part, 3), np.uint8)
+    status = _load_image(mode, address, size, height, width, part, image)
     if status != _GOOD:
         return status
-    for c in range(len(global_crops)):
-        cut(image, crop_box(child(child(key, 0), c), height, width, geometry[0], geometry[2]), global_crops[c])
-    for c in range(len(local_crops)):
-        cut(image, crop_box(child(child(key, 1), c), height, width, geometry[1], geometry[2]), local_crops[c])
+    for c in range(globals_ + locals_):
+        top, left, h, w = boxes[c]
+        if part > 1:
+            top, h = _reduced(top, h, part, sides[c], image.shape[0])
+            left, w = _reduced(left, w, part, sides[c], image.shape[1])
+        cut(image, (top, left, h, w), global_crops[c] if c < globals_ else local_crops[c - globals_])
     return _GOOD
 
 
 # The arrays come one by one: numba drops what a parallel loop writes to an array unpacked from a tuple.
 @njit(parallel=True, nogil=True, cache=True)
-def _cut_batch(
+def cut_batch(
     indices: np.ndarray,
-    global_crops: np.ndarray,
-    local_crops: np.ndarray,
-    status: np.ndarray,
     modes: np.ndarray,
     heights: np.ndarray,
     widths: np.ndarray,
-    starts: np.ndarray,
-    file: np.ndarray,
-    pointers: np.ndarray,
+    addresses: np.ndarray,
     sizes: np.ndarray,
     epoch_key: np.uint64,
     geometry: np.ndarray,
+    most: int,
+    global_crops: np.ndarray,
+    local_crops: np.ndarray,
+    status: np.ndarray,
 ) -> None:
-    for slot in prange(len(indices)):
-        index = indices[slot]
-        key = mix(mix(epoch_key + np.uint64(index)) + CROP)
-        record = modes[index], np.int64(heights[index]), np.int64(widths[index]), starts[index]
-        storage = file, pointers, sizes
-        status[slot] = _cut_sample(record, storage, key, geometry, global_crops[slot], local_crops[slot])
+    """Decode B images and cut all their crops, in numba's threads.
 
-
-def columns(images: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The metadata of an FFCV image field, a structured array [N], as arrays: mode, height, width, data_ptr (views)."""
-    return tuple(images[name] for name in ("mode", "height", "width", "data_ptr"))
-
-
-class MultiCrop(SimpleRGBImageDecoder):
-    """Decoder of an FFCV image field that gives all crops of a sample, for images of any size.
-
-    Output, a tuple: uint8 [B, G, size, size, 3] global crops, uint8 [B, N, size, size, 3] local crops, int32 [B]
-    `Status` of each sample (crops of a sample that is not GOOD are undefined).
+    indices: int64 [B], places in the data set; modes: int64 [B]; heights, widths: int64 [B], pixels; addresses: int64
+    [B], where each image's bytes begin in memory; sizes: int64 [B], bytes; geometry: see `geometry`; most: see
+    `reduction`. Writes global_crops, uint8 [B, G, size, size, 3], local_crops, uint8 [B, N, size, size, 3], and status,
+    int32 [B]: crops of a sample that is not GOOD are undefined.
+    No array is uint8 [B] or uint64 [B]: FFCV's loader changes those types of numba's in place, and with them the keys
+    of what was compiled.
 
     Sample i's key is k = `sample_keys(seed, epoch, i, Purpose.CROP)`; its global boxes are
     `crop_boxes(split(k, 2)[0], count=G)`, its local boxes `crop_boxes(split(k, 2)[1], count=N)`.
-
-    Two of the arguments FFCV calls the compiled function with are not FFCV's own, so whoever runs the epoch sets them:
-    the storage state has a fourth entry beside (file, pointers, sizes), the uint64 `epoch_key`, so that a compiled
-    pipeline serves all epochs; and the metadata are those of `columns`.
     """
+    for slot in prange(len(indices)):
+        key = mix(mix(epoch_key + np.uint64(indices[slot])) + CROP)
+        stored = int(modes[slot]), heights[slot], widths[slot], addresses[slot], sizes[slot]
+        status[slot] = _cut_sample(stored, key, geometry, most, global_crops[slot], local_crops[slot])
 
-    def __init__(self, views: ViewsConfig) -> None:
-        super().__init__()
-        self.views = views
 
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, tuple[AllocationQuery, ...]]:
-        """The buffers FFCV allocates, per sample."""
-        v = self.views
-        crops = (v.global_crops, v.global_size, v.global_size, 3), (v.local_crops, v.local_size, v.local_size, 3)
-        buffers = [AllocationQuery(shape, np.dtype("u1")) for shape in crops]
-        # Not bytes: when FFCV opens a file it marks numba's type of flat uint8 arrays as read-only, process-wide,
-        # which makes numba lose compiled code whose signature has that type.
-        buffers.append(AllocationQuery((), np.dtype("i4")))
-        return replace(previous_state, jit_mode=True, shape=crops[0], dtype=np.dtype("u1")), tuple(buffers)
-
-    def generate_code(self) -> Callable[..., Any]:
-        """A thin function for FFCV to compile; the work is in the cached `_cut_batch`."""
-        v = self.views
-        geometry = np.array([v.global_scale, v.local_scale, v.aspect], np.float64)
-
-        def decode(indices, memory, records, storage):  # type: ignore[no-untyped-def]
-            crops_0, crops_1, status = memory
-            mode, height, width, start = records
-            file, pointers, sizes, head = storage
-            _cut_batch(
-                indices, crops_0, crops_1, status, mode, height, width, start, file, pointers, sizes, head, geometry
-            )
-            return memory
-
-        return decode
+def geometry(views: ViewsConfig) -> np.ndarray:
+    """The numbers that `cut_batch` draws boxes by: float64 [3, 2], rows global scale, local scale, aspect."""
+    return np.array([views.global_scale, views.local_scale, views.aspect], np.float64)

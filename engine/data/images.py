@@ -48,7 +48,7 @@ def to_jpeg(data: bytes, max_side: int, min_side: int, quality: int) -> Jpeg:
     everything else is converted to RGB (transparency over white), shrunk where needed and encoded at `quality`.
     Raises Rejected.
     """
-    image = _open(data)
+    image = open_image(data)
     width, height = bounded(image.size, max_side)
     if min(width, height) < min_side:
         raise Rejected(f"image smaller than {min_side} px")
@@ -56,7 +56,7 @@ def to_jpeg(data: bytes, max_side: int, min_side: int, quality: int) -> Jpeg:
         return Jpeg(data, width, height, True)
     if (width, height) != image.size:
         image.draft("RGB", (2 * width, 2 * height))  # a JPEG four times too large need not be decoded in full
-    rgb = _to_rgb(image)
+    rgb = to_rgb(image)
     if rgb.size != (width, height):
         rgb = rgb.resize((width, height), Image.Resampling.LANCZOS)
     return Jpeg(_encode(rgb, quality), width, height, False)
@@ -64,7 +64,7 @@ def to_jpeg(data: bytes, max_side: int, min_side: int, quality: int) -> Jpeg:
 
 def decode_rgb(data: bytes) -> Image.Image:
     """The image file `data` as an RGB image in its own size, transparency over white. Raises Rejected."""
-    return _to_rgb(_open(data))
+    return to_rgb(open_image(data))
 
 
 def bounded(size: tuple[int, int], max_side: int) -> tuple[int, int]:
@@ -73,8 +73,8 @@ def bounded(size: tuple[int, int], max_side: int) -> tuple[int, int]:
     return round(size[0] * scale), round(size[1] * scale)
 
 
-def _open(data: bytes) -> Image.Image:
-    """Header only; nothing is decoded yet."""
+def open_image(data: bytes) -> Image.Image:
+    """An image file's header; nothing is decoded yet. Raises Rejected."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # bounded below, by our own limit
@@ -97,7 +97,8 @@ def _is_plain(image: Image.Image, data: bytes) -> bool:
     return image.format == "JPEG" and image.mode == "RGB" and len(data) <= 3 * image.width * image.height + (1 << 16)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decode an opened image to RGB, transparency over white. Raises Rejected."""
     _load(image)
     if image.mode.startswith("I"):  # 16 bits a pixel; PIL's own conversion would clip at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))

@@ -13,7 +13,9 @@ from PIL import Image
 
 from ..errors import DataError
 from .images import Rejected, decode_rgb
-from .sources import ShardDamaged, TarSample, expand_sources, read_shard
+from .samples import FileSample, ShardDamaged
+from .sources import expand_sources
+from .tars import read_shard
 
 logger = logging.getLogger(__name__)
 
@@ -59,5 +61,5 @@ def _usable(shard: Path, left_out: Counter[str]) -> Iterator[LabelledSample]:
         left_out["shard cut short or damaged"] += 1
 
 
-def _decode(sample: TarSample) -> LabelledSample:
-    return LabelledSample(sample.key, decode_rgb(sample.image()), sample.caption(), sample.labels())
+def _decode(sample: FileSample) -> LabelledSample:
+    return LabelledSample(sample.key, decode_rgb(sample.image()), sample.captions()[0], sample.labels())

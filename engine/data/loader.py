@@ -1,37 +1,38 @@
-"""From a `.beton` file to batches of crops: FFCV's loader around our decode-once operation.
+"""From `.beton` files to batches of crops: FFCV's format and decoder around our decode-once operation.
 
-Order, crops and batches are pure functions of (seed, epoch, sample index): the same for any number of workers and
-ranks, and resuming in the middle of an epoch is exact.
+Order, crops, captions and batches are pure functions of (seed, epoch, sample index): the same for any number of workers
+and ranks, and resuming in the middle of an epoch is exact. FFCV's own loader is not used: opening a file it builds
+dictionaries of all its samples, in every process, and its thread dies in silence. A process of ours holds only its
+batches: the files' tables are mapped, and the order is computed where it is needed.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from queue import Empty, Full
-from typing import Any
+from typing import Literal
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...harmony.randomness import Purpose, sample_keys
+from ...harmony.randomness import Purpose, sample_keys, split, uniform
 from ...harmony.views import ViewsConfig
 from ..errors import DataError
 from .batch import RawBatch
-from .beton import open_beton
-from .crops import MultiCrop, Status, columns, epoch_key
-
-from ffcv.loader import Loader as FFCVLoader  # isort: skip - after .crops, which imports FFCV without side effects
-from ffcv.loader.epoch_iterator import EpochIterator  # isort: skip
+from .beton_set import BetonSet
+from .crops import MOST_REDUCED, Status, cut_batch, epoch_key, geometry
+from .order import Blocks, QuasiRandomOrder, RandomOrder
+from .producer import Producer
+from .reading import Direct, Mapped, Storage, fits_memory
 
 BATCHES_AHEAD = 2
 """Batches decoded before they are asked for."""
-POLL_SECONDS = 0.5
-"""How often a waiting consumer looks whether the epoch's thread still lives."""
+
+Order = Literal["auto", "random", "quasi_random"]
+Reading = Literal["auto", "page_cache", "direct"]
 
 REASONS = {
     Status.NOT_STORED: "its image lies outside the file's data",
@@ -39,92 +40,20 @@ REASONS = {
 }
 
 
-@contextmanager
-def _torch_threads_kept() -> Iterator[None]:
-    """FFCV sets torch's thread count to its own number of workers."""
-    threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-class _EpochThread(EpochIterator):
-    """FFCV's thread of one epoch, with the three things it lacks: it ends when told to, its errors reach the
-    consumer, and it leaves torch's thread count alone."""
-
-    def __init__(self, loader: FFCVLoader, batches: np.ndarray, key: np.uint64) -> None:
-        """batches: int64 [steps, samples of this rank per step]; key: uint64 key of (seed, epoch)."""
-        self.batches = batches
-        self.key = key
-        self.failure: BaseException | None = None
-        super().__init__(loader, batches.reshape(-1))  # starts the thread
-
-    def run(self) -> None:
-        try:
-            self.storage_state = (*self.storage_state, self.key)
-            image = f"f{self.loader.field_name_to_f_ix['image']}"
-            self.metadata = {image: columns(self.metadata[image])}
-            numba.set_num_threads(self.loader.num_workers)  # of this thread only
-            for step, indices in enumerate(self.batches):
-                slot = step % (self.loader.batches_ahead + 2)
-                if not self._put((indices, self.run_pipeline(step, indices, slot, None)[0])):
-                    return
-        except BaseException as error:  # whatever ends this thread, the consumer must learn of it
-            self.failure = error
-
-    def _put(self, item: Any) -> bool:
-        """Wait for a place in the queue; False if the consumer has closed the epoch."""
-        while not self.terminate_event.is_set():
-            try:
-                self.output_queue.put(item, timeout=POLL_SECONDS)
-                return True
-            except Full:
-                continue
-        return False
-
-    def __next__(self) -> Any:
-        """The next (indices, output of `MultiCrop`), in buffers that are valid until the next call.
-
-        Raises DataError if the thread has ended without delivering it.
-        """
-        while True:
-            alive = self.is_alive()  # asked before the queue: what a dying thread has delivered is not lost
-            try:
-                return self.output_queue.get(timeout=POLL_SECONDS if alive else 0)
-            except Empty:
-                if not alive:
-                    raise DataError(self._obituary()) from self.failure
-
-    def _obituary(self) -> str:
-        if self.terminate_event.is_set():
-            return f"{self.loader.fname}: this epoch was closed (a loader runs one epoch at a time)"
-        cause = f"{type(self.failure).__name__}: {self.failure}".splitlines()[0]  # numba's messages are pages long
-        return f"{self.loader.fname}: the loader's thread died ({cause})"
-
-    def close(self) -> None:
-        """End the thread and wait for it. Idempotent."""
-        self.terminate_event.set()
-        while self.is_alive():
-            with suppress(Empty):
-                self.output_queue.get_nowait()  # it may be waiting for a free place
-            self.join(0.02)
-        super().close()
-
-
 class Loader:
-    """Batches of one rank from a `.beton` file, decoded ahead by a thread with `workers` numba threads.
+    """Batches of one rank from one or more `.beton` files, decoded ahead by a thread with `workers` numba threads.
 
-    The order of the samples in an epoch is the argsort of `sample_keys(seed, epoch, index, Purpose.ORDER)`, ties by
-    index. Global batch s is `order[s * batch_size : (s + 1) * batch_size]`, of which rank r takes the r-th of
-    `world_size` equal parts; what is left at the end of an epoch is dropped. For crops see `crops.MultiCrop`.
+    Global batch s is places s * batch_size to (s + 1) * batch_size of the epoch's order, of which rank r takes the r-th
+    of `world_size` equal parts; what is left at the end of an epoch is dropped. For the order see `order`, for crops
+    `crops.cut_batch`. Of k captions a sample shows number floor(u k), u = `uniform(split(k_crop, 3)[2], 1)` of its
+    Purpose.CROP key.
 
-    Used as a context manager, or closed by `close()`.
+    Used as a context manager.
     """
 
     def __init__(
         self,
-        path: Path,
+        paths: Path | Sequence[Path],
         views: ViewsConfig,
         *,
         batch_size: int,
@@ -132,36 +61,40 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         workers: int | None = None,
+        order: Order = "auto",
+        reading: Reading = "auto",
+        pin: bool = False,
     ) -> None:
-        """batch_size: samples of all ranks together; workers: by default this machine's CPUs / world_size.
+        """batch_size: samples of all ranks together. workers: by default this machine's CPUs / world_size. order,
+        reading: `auto` is random from the page cache for files that fit this machine's memory, else quasi-random with
+        direct reads. pin: batches in page-locked memory, for copies to a CUDA device that nothing waits for.
 
         Raises DataError: not a readable `.beton`, fewer samples than a batch, a batch that the ranks cannot share.
         """
-        self._beton = open_beton(path)
+        self._set = BetonSet([paths] if isinstance(paths, str | Path) else paths)
         if batch_size < 1 or batch_size % world_size:
             raise DataError(f"batch size {batch_size} cannot be shared equally by {world_size} ranks")
-        if len(self._beton) < batch_size:
-            raise DataError(f"{path}: {len(self._beton)} samples are fewer than one batch of {batch_size}")
-        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        self._thread: _EpochThread | None = None
-        with _torch_threads_kept():
-            self._ffcv = FFCVLoader(
-                str(path),
-                batch_size=batch_size // world_size,
-                num_workers=_worker_count(workers, world_size),
-                pipelines={"image": [MultiCrop(views)], "tokens": None, "key": None},
-                batches_ahead=BATCHES_AHEAD,
-            )
+        if len(self._set) < batch_size:
+            raise DataError(f"{self._set.name}: {len(self._set)} samples are fewer than one batch of {batch_size}")
+        self.views, self.batch_size, self.seed, self.rank, self.world_size = views, batch_size, seed, rank, world_size
+        fits = fits_memory(self._set.bytes)
+        self.order_kind = order if order != "auto" else "random" if fits else "quasi_random"
+        self.reading = reading if reading != "auto" else "page_cache" if fits else "direct"
+        self._workers = _worker_count(workers, world_size)
+        self._pin, self._blocks = pin, Blocks(self._set.starts, self._set.bytes)
+        self._storage: Storage = Mapped(self._set) if self.reading == "page_cache" else Direct(self._set, self._blocks)
+        self._producer: Producer[RawBatch] | None = None
+        self._at = np.empty(0, np.int64)
 
     @property
     def samples(self) -> int:
-        """Samples in the file."""
-        return len(self._beton)
+        """Samples in the files."""
+        return len(self._set)
 
     @property
     def context(self) -> int:
         """Tokens per caption."""
-        return self._beton.context
+        return self._set.context
 
     @property
     def steps_per_epoch(self) -> int:
@@ -170,8 +103,12 @@ class Loader:
 
     def order(self, epoch: int) -> Tensor:
         """The order of all samples in `epoch`: int64 [samples]."""
-        keys = sample_keys(self.seed, epoch, torch.arange(self.samples), Purpose.ORDER)
-        return keys.argsort(stable=True)
+        return torch.from_numpy(self._order(epoch).at(np.arange(self.samples)))
+
+    def _order(self, epoch: int) -> RandomOrder | QuasiRandomOrder:
+        if self.order_kind == "random":
+            return RandomOrder(self.samples, self.seed, epoch)
+        return QuasiRandomOrder(self._blocks, self.seed, epoch)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
         """This rank's batches of `epoch` from `start_step` on, each in memory of its own.
@@ -185,58 +122,90 @@ class Loader:
 
     def _run(self, epoch: int, start_step: int) -> Iterator[RawBatch]:
         self.close()
-        share = self.batch_size // self.world_size
-        steps = self.order(epoch)[: self.steps_per_epoch * self.batch_size].view(-1, self.world_size, share)
-        mine = steps[start_step:, self.rank].contiguous().numpy()
-        thread = self._thread = _EpochThread(self._ffcv, mine, epoch_key(self.seed, epoch))
+        producer = self._producer = Producer(
+            lambda: self._batches(epoch, start_step), BATCHES_AHEAD, self._set.name, self._working_on
+        )
         try:
-            for _ in range(len(mine)):
-                yield self._batch(*next(thread))
+            yield from producer
         finally:
-            thread.close()
+            producer.close()
 
-    def _batch(self, indices: np.ndarray, output: tuple[np.ndarray, np.ndarray, np.ndarray]) -> RawBatch:
-        global_crops, local_crops, status = output
+    def _batches(self, epoch: int, start_step: int) -> Iterator[RawBatch]:
+        """In the producer's thread: decode one batch after the other."""
+        numba.set_num_threads(self._workers)  # of this thread only
+        order, key, share = self._order(epoch), epoch_key(self.seed, epoch), self.batch_size // self.world_size
+        window = None
+        for step in range(start_step, self.steps_per_epoch):
+            first = step * self.batch_size + self.rank * share
+            places = np.arange(first, first + share)
+            if isinstance(order, QuasiRandomOrder):
+                window = self._look_ahead(order, places, window)
+            self._at = order.at(places)
+            yield self._batch(self._at, epoch, key)
+
+    def _look_ahead(self, order: QuasiRandomOrder, places: np.ndarray, reached: int | None) -> int:
+        """Ask for the next window's blocks in time, and drop those that all ranks have left behind.
+
+        reached: the window up to which this was done, None at the start. Returns the one up to which it now is.
+        """
+        first, now = order.windows_at(places[[0, -1]]).tolist()
+        if reached is None:
+            reached = first - 1
+            self._storage.expect(order.blocks_of(first))
+        for window in range(reached + 1, now + 1):
+            self._storage.expect(order.blocks_of(window + 1))
+            if window >= 2:
+                self._storage.forget(order.blocks_of(window - 2))
+        return now
+
+    def _batch(self, indices: np.ndarray, epoch: int, key: np.uint64) -> RawBatch:
+        records = self._set.records(indices, self._caption_draws(indices, epoch))
+        lost = np.flatnonzero(records.caption < 0)
+        if lost.size:
+            raise DataError(f"{self._set.named(int(indices[lost[0]]))}: its caption lies outside the file's data")
+        fetched = self._storage.fetch(indices, records)
+        v, count = self.views, len(indices)
+        crops = (
+            torch.empty(count, number, size, size, 3, dtype=torch.uint8, pin_memory=self._pin)
+            for number, size in ((v.global_crops, v.global_size), (v.local_crops, v.local_size))
+        )
+        global_crops, local_crops = crops
+        status = np.empty(count, np.int32)
+        cut_batch(
+            indices, records.mode, records.height, records.width, fetched.addresses, records.size, key, geometry(v),
+            MOST_REDUCED, global_crops.numpy(), local_crops.numpy(), status,
+        )  # fmt: skip
         if status.any():
-            self._report(indices, status)
-        # Copied: FFCV writes the batch after next into the same buffers.
-        crops = (torch.from_numpy(c).clone() for c in (global_crops, local_crops))
-        return RawBatch(*crops, self._tokens(indices), torch.from_numpy(indices.copy()))
+            bad = int(np.flatnonzero(status)[0])
+            reason = REASONS[Status(int(status[bad]))]
+            raise DataError(f"{self._set.named(int(indices[bad]))}: {reason}; prepare the file again")
+        return RawBatch(global_crops, local_crops, torch.from_numpy(fetched.tokens), torch.from_numpy(indices))
 
-    def _report(self, indices: np.ndarray, status: np.ndarray) -> None:
-        bad = int(np.flatnonzero(status)[0])
-        index = int(indices[bad])
-        (key,) = self.sample_ids([index])
-        reason = REASONS[Status(int(status[bad]))]
-        raise DataError(f"{self._beton.path}: sample {index} (key {key!r}): {reason}; prepare the file again")
+    def _caption_draws(self, indices: np.ndarray, epoch: int) -> np.ndarray:
+        keys = sample_keys(self.seed, epoch, torch.from_numpy(indices), Purpose.CROP)
+        return uniform(split(keys, 3)[:, 2], 1)[:, 0].double().numpy()
 
-    def _tokens(self, indices: np.ndarray) -> Tensor:
-        """Caption tokens of `indices`: int64 [B, C]. Read where they lie, beside the image that was just decoded."""
-        file = self._ffcv.memory_manager.context.mmap  # uint8 [bytes of the file]
-        starts = self._beton.metadata["tokens"][indices].astype(np.int64)
-        width = 4 * self.context
-        outside = np.flatnonzero((starts < 0) | (starts > len(file) - width))
-        if outside.size:
-            index = int(indices[outside[0]])
-            raise DataError(f"{self._beton.path}: damaged, the caption of sample {index} lies outside the file")
-        stored = file[starts[:, None] + np.arange(width)].view("<i4")
-        return torch.from_numpy(stored.astype(np.int64))
+    def _working_on(self) -> str:
+        if not len(self._at):
+            return "its start"
+        return f"{self._set.named(int(self._at[0]))} and the {len(self._at) - 1} others of its batch"
 
     def sample_ids(self, index: Tensor | Iterable[int]) -> list[str]:
         """The ids (webdataset keys) of the samples at `index`, int64 [B]."""
-        return self._beton.keys(int(i) for i in index)
+        return self._set.keys(int(i) for i in index)
 
     def close(self) -> None:
         """End the running epoch and its thread. The loader can start another epoch afterwards."""
-        if self._thread is not None:
-            self._thread.close()
-            self._thread = None
+        if self._producer is not None:
+            self._producer.close()
+            self._producer = None
 
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+        self._storage.close()
 
 
 def _worker_count(workers: int | None, world_size: int) -> int:

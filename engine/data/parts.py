@@ -1,7 +1,7 @@
-"""One shard's work in `prepare`: a tar in, a part (payload and index) out, in a worker process.
+"""One chunk's work in `prepare`: samples in, a part (payload and index) out, in a worker process.
 
 A part is two files: NAME.data holds the accepted samples end to end (image, tokens, key of each), NAME.json their sizes
-and what was left out. The index is renamed into place last and says which shard and rules it came from, so a part is
+and what was left out. The index is renamed into place last and says which chunk and rules it came from, so a part is
 either whole and still valid, or it is made again.
 """
 
@@ -11,10 +11,9 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cache
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import __version__ as pillow_version
@@ -22,18 +21,15 @@ from PIL import __version__ as pillow_version
 from ..errors import DataError
 from .beton import sync
 from .images import Rejected, to_jpeg
-from .sources import ShardDamaged, TarSample, read_shard
+from .samples import Sample, ShardDamaged
+from .sources import Chunk
+from .tokens import CLIP, tokenize, tokenizer_identity
+from .where import where
 
-if TYPE_CHECKING:
-    from open_clip.tokenizer import SimpleTokenizer
-
-FORMAT = 1
+FORMAT = 2
 """Raised when a part of an older version must not be taken up."""
-CHARACTERS_PER_TOKEN = 32
-"""No CLIP token is longer; text beyond context x this cannot reach the tokens and is not tokenised."""
-
-MAX_WORDS = 1 << 17
-"""Words whose tokens a worker keeps in memory."""
+DIGEST_BYTES = 16
+DUPLICATE = "duplicate of an earlier image"
 
 
 @dataclass(frozen=True)
@@ -48,8 +44,16 @@ class Rules:
     """Pixels; smaller images are left out."""
     quality: int
     """JPEG quality where an image has to be encoded."""
-    limit: int | None
+    limit: int | None = None
     """Samples to accept at most."""
+    tokenizer: str = CLIP
+    """See `tokens.tokenizer_options`."""
+    several: bool = False
+    """Keep all captions of an image, not only the first."""
+    dedup: bool = False
+    """Leave out images whose file is that of an earlier one, byte for byte."""
+    where: str | None = None
+    """Condition on the metadata; samples of which it is not true are left out."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,16 @@ class Row:
     width: int
     height: int
     image_bytes: int
+    captions: int
     key_bytes: int
     passed_through: bool
-    caption_cut: bool
+    captions_cut: int
+    digest: str
+    """Of the source's image file, hexadecimal; empty where duplicates are kept."""
+
+    def bytes(self, context: int) -> int:
+        """Of its record in the payload."""
+        return self.image_bytes + 4 * context * self.captions + self.key_bytes
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,7 @@ class Reject:
     key: str | None
     reason: str
     after: int
-    """How many samples of the shard had been accepted before."""
+    """How many samples of the chunk had been accepted before."""
 
 
 @dataclass
@@ -81,23 +92,24 @@ class Part:
     rows: list[Row] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
 
-    def largest(self, context: int) -> int:
-        """Bytes of the largest sample; 0 if there is none."""
-        return max((row.image_bytes + 4 * context + row.key_bytes for row in self.rows), default=0)
+    @property
+    def digests(self) -> bytes:
+        """Of all rows, end to end, DIGEST_BYTES each."""
+        return bytes.fromhex("".join(row.digest for row in self.rows))
 
 
 @dataclass(frozen=True)
 class PartFiles:
-    """Where a shard's part lies; named after the shard's path, so that the list of sources may change between runs."""
+    """Where a chunk's part lies; named after what it was made from, so that the list of sources may change."""
 
     folder: Path
-    shard: Path
+    chunk: Chunk
     rules: Rules
 
     @property
     def stem(self) -> str:
         """File name without its ending."""
-        return sha256(os.fsencode(self.shard.resolve())).hexdigest()[:24]
+        return sha256(json.dumps(self.chunk.identity()).encode()).hexdigest()[:24]
 
     @property
     def data(self) -> Path:
@@ -111,9 +123,8 @@ class PartFiles:
 
     def origin(self) -> dict[str, Any]:
         """What the part depends on: any change makes it invalid."""
-        state = self.shard.stat()
-        shard = {"path": str(self.shard.resolve()), "bytes": state.st_size, "mtime_ns": state.st_mtime_ns}
-        return {"format": FORMAT, "pillow": pillow_version, "shard": shard, "rules": asdict(self.rules)}
+        rules = {**asdict(self.rules), "tokenizer": tokenizer_identity(self.rules.tokenizer)}
+        return {"format": FORMAT, "pillow": pillow_version, "chunk": self.chunk.identity(), "rules": rules}
 
     def load(self) -> Part | None:
         """The finished part, or None if there is none that is still valid."""
@@ -126,19 +137,21 @@ class PartFiles:
             return None
 
     def samples(self, part: Part) -> Iterator[tuple[Row, memoryview, np.ndarray, str]]:
-        """Row, JPEG bytes, tokens (int32 [context]) and key of every sample, read one after the other."""
+        """Row, JPEG bytes, tokens (int32 [captions, context]) and key of every sample, read one after the other."""
+        context = self.rules.context
         with open(self.data, "rb", buffering=1 << 20) as file:
             for row in part.rows:
-                record = memoryview(file.read(row.image_bytes + 4 * self.rules.context + row.key_bytes))
-                middle, last = row.image_bytes, row.image_bytes + 4 * self.rules.context
-                yield row, record[:middle], np.frombuffer(record[middle:last], np.int32), bytes(record[last:]).decode()
+                record = memoryview(file.read(row.bytes(context)))
+                middle, last = row.image_bytes, len(record) - row.key_bytes
+                tokens = np.frombuffer(record[middle:last], np.int32).reshape(row.captions, context)
+                yield row, record[:middle], tokens, bytes(record[last:]).decode()
 
 
-def build_part(files: PartFiles, report: Callable[[int, int], bool]) -> int:
-    """Make the part of one shard unless it is there already; returns the number of accepted samples.
+def build_part(files: PartFiles, report: Callable[[int, int], bool]) -> Part:
+    """Make the part of one chunk unless it is there already.
 
-    report: called with the images seen so far and the position in the tar (bytes); False stops the work.
-    Raises DataError where the shard cannot be opened, OSError where the part cannot be written, Stopped.
+    report: called with the images seen so far and the position in the chunk (bytes); False stops the work.
+    Raises DataError where the chunk cannot be opened, OSError where the part cannot be written, Stopped.
     """
     part = files.load()
     if part is None:
@@ -148,7 +161,7 @@ def build_part(files: PartFiles, report: Callable[[int, int], bool]) -> int:
         finally:
             for path in temporary:
                 path.unlink(missing_ok=True)
-    return len(part.rows)
+    return part
 
 
 class Stopped(Exception):
@@ -157,6 +170,7 @@ class Stopped(Exception):
 
 def _write_part(files: PartFiles, data: Path, index: Path, report: Callable[[int, int], bool]) -> Part:
     origin = files.origin()  # taken before reading: a shard that changes meanwhile is read again next time
+    targets = files.data, files.index
     with open(data, "wb", buffering=1 << 20) as file:
         part = _read_samples(files, file.write, report)
         sync(file)
@@ -170,28 +184,28 @@ def _write_part(files: PartFiles, data: Path, index: Path, report: Callable[[int
     with open(index, "wb") as file:
         file.write(json.dumps(stored).encode())
         sync(file)
-    os.replace(data, files.data)
-    os.replace(index, files.index)
+    os.replace(data, targets[0])
+    os.replace(index, targets[1])
     return part
 
 
 def _read_samples(files: PartFiles, write: Callable[[bytes], Any], report: Callable[[int, int], bool]) -> Part:
-    part, seen, position, rules = Part(), set[str](), 0, files.rules
+    part, digests, position, rules = Part(), set[str](), 0, files.rules
 
     def moved(to: int) -> None:
         nonlocal position
         position = to
 
     try:
-        for sample in read_shard(files.shard, moved):
+        for sample in files.chunk.read(moved):
             if not report(len(part.rows) + len(part.rejects), position):
                 raise Stopped
             if rules.limit is not None and len(part.rows) >= rules.limit:
                 break
             try:
-                row, record = _record(sample, rules, seen)
+                row, record = _record(sample, rules, digests)
             except Rejected as rejected:
-                part.rejects.append(Reject(sample.key, str(rejected), len(part.rows)))
+                part.rejects.append(Reject(_printable(sample.key), str(rejected), len(part.rows)))
             else:
                 write(record)
                 part.rows.append(row)
@@ -201,42 +215,32 @@ def _read_samples(files: PartFiles, write: Callable[[bytes], Any], report: Calla
     return part
 
 
-def _record(sample: TarSample, rules: Rules, seen: set[str]) -> tuple[Row, bytes]:
-    """The payload of one sample. Raises Rejected."""
+def _printable(key: str) -> str:
+    """A key whose bytes were not UTF-8 holds half surrogates, which no JSON reader must be given."""
+    return key.encode("utf-8", "backslashreplace").decode()
+
+
+def _record(sample: Sample, rules: Rules, digests: set[str]) -> tuple[Row, bytes]:
+    """The payload of one sample. Raises Rejected. digests: of the images accepted before; this one's is added."""
     try:
         key = sample.key.encode()
     except UnicodeEncodeError:
         raise Rejected("key not UTF-8") from None
-    image, caption = sample.image(), sample.caption()
-    if sample.key in seen:
-        raise Rejected("key seen before in this shard")
-    tokens, cut = tokenize(caption, rules.context)
+    image = sample.image()
+    captions = sample.captions(lines=rules.several)
+    if rules.where:
+        known = {"key": sample.key, **sample.labels(), "caption": "\n".join(captions)}
+        where(rules.where).require(known)
+    digest = blake2b(image, digest_size=DIGEST_BYTES).hexdigest() if rules.dedup else ""
+    if digest in digests:
+        raise Rejected(DUPLICATE)
     jpeg = to_jpeg(image, rules.max_side, rules.min_side, rules.quality)
-    seen.add(sample.key)
-    row = Row(jpeg.width, jpeg.height, len(jpeg.data), len(key), jpeg.passed_through, cut)
-    return row, jpeg.data + tokens.tobytes() + key
-
-
-def tokenize(caption: str, context: int) -> tuple[np.ndarray, bool]:
-    """int32 [context]: start, words, end, zeros, as open_clip's tokenizer gives them; and whether words were cut off.
-
-    A caption that is too long keeps the end token, in the last place.
-    """
-    tokenizer = _tokenizer()
-    if len(tokenizer.cache) > MAX_WORDS:  # it remembers every word it has met
-        tokenizer.cache = {tokenizer.decoder[i]: tokenizer.decoder[i] for i in tokenizer.all_special_ids}
-    words = tokenizer.encode(caption[: context * CHARACTERS_PER_TOKEN])
-    kept = [tokenizer.sot_token_id, *words[: context - 2], tokenizer.eot_token_id]
-    tokens = np.zeros(context, np.int32)
-    tokens[: len(kept)] = kept
-    return tokens, len(words) > context - 2
-
-
-@cache
-def _tokenizer() -> SimpleTokenizer:
-    from open_clip.tokenizer import SimpleTokenizer  # seconds: only those who tokenise pay them
-
-    return SimpleTokenizer()
+    used = captions if rules.several else captions[:1]
+    tokens, cut = zip(*(tokenize(caption, rules.context, rules.tokenizer) for caption in used), strict=True)
+    if rules.dedup:
+        digests.add(digest)
+    row = Row(jpeg.width, jpeg.height, len(jpeg.data), len(used), len(key), jpeg.passed_through, sum(cut), digest)
+    return row, jpeg.data + b"".join(t.tobytes() for t in tokens) + key
 
 
 def check_rules(rules: Rules) -> None:
@@ -247,3 +251,6 @@ def check_rules(rules: Rules) -> None:
             raise DataError(f"{name} = {getattr(rules, name)}: must be between {low} and {high}")
     if rules.limit is not None and rules.limit < 1:
         raise DataError(f"limit = {rules.limit}: must be at least 1")
+    tokenizer_identity(rules.tokenizer)
+    if rules.where is not None:
+        where(rules.where)

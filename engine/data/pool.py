@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 import numpy as np
 
 from ..errors import DataError
-from .parts import PartFiles, build_part
+from .parts import DIGEST_BYTES, PartFiles, build_part
 from .progress import Progress
 
 TICK = 0.2
@@ -42,11 +42,39 @@ class Board:
         return np.frombuffer(self._cells, np.uint64)[1:].reshape(-1, 3)
 
 
-def read_shards(files: list[PartFiles], workers: int, bar: Progress) -> list[int]:
-    """Make the parts of all shards in `workers` processes; returns the samples accepted of each, in order.
+class Tally:
+    """Samples in the chunks that are done, in order and without a gap; duplicates count once."""
 
-    With a limit, stops early: as soon as the first shards hold enough, the list ends there. Raises DataError where a
-    shard cannot be opened or a worker died, naming the shard; OSError where a part cannot be written.
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self._total = 0
+        self._chunks = 0
+        self._waiting: dict[int, tuple[int, bytes]] = {}
+        self._seen = set[bytes]()
+
+    def add(self, chunk: int, count: int, digests: bytes) -> None:
+        """A chunk is done: samples accepted, and their digests where duplicates are to be dropped."""
+        self._waiting[chunk] = count, digests
+        while self.limit is not None and self._chunks in self._waiting:
+            count, digests = self._waiting.pop(self._chunks)
+            self._chunks += 1
+            if digests:
+                before = len(self._seen)
+                self._seen.update(digests[i : i + DIGEST_BYTES] for i in range(0, len(digests), DIGEST_BYTES))
+                count = len(self._seen) - before
+            self._total += count
+
+    @property
+    def enough(self) -> bool:
+        """Whether the limit is reached."""
+        return self.limit is not None and self._total >= self.limit
+
+
+def read_chunks(files: list[PartFiles], workers: int, bar: Progress) -> int:
+    """Make the parts of all chunks in `workers` processes; returns how many chunks were read.
+
+    With a limit, stops early: as soon as the first chunks hold enough. Raises DataError where a shard cannot be opened
+    or a worker died, naming the shard; OSError where a part cannot be written.
     """
     context = multiprocessing.get_context("forkserver")
     # One process imports, all workers are forked from it; but nothing is forked from this one, which may have threads.
@@ -65,28 +93,19 @@ def read_shards(files: list[PartFiles], workers: int, bar: Progress) -> list[int
         pool.shutdown(cancel_futures=True)
 
 
-def _run(pool: ProcessPoolExecutor, files: list[PartFiles], ahead: int, look: Callable[[], None]) -> list[int]:
-    limit = files[0].rules.limit
-    counts: dict[int, int] = {}
-    pending: dict[Future[int], int] = {}
+def _run(pool: ProcessPoolExecutor, files: list[PartFiles], ahead: int, look: Callable[[], None]) -> int:
+    tally = Tally(files[0].rules.limit)
+    pending: dict[Future[tuple[int, bytes]], int] = {}
     submitted = 0
     while True:
-        while submitted < len(files) and len(pending) < ahead and not _enough(counts, limit):
+        while submitted < len(files) and len(pending) < ahead and not tally.enough:
             pending[pool.submit(_work, submitted, files[submitted])] = submitted
             submitted += 1
         look()
         if not pending:
-            return [counts[shard] for shard in range(submitted)]
+            return submitted
         for future in wait(pending, TICK, FIRST_COMPLETED).done:
-            counts[pending.pop(future)] = future.result()
-
-
-def _enough(counts: dict[int, int], limit: int | None) -> bool:
-    """Whether the first shards, without a gap, hold `limit` samples."""
-    total = shard = 0
-    while limit is not None and total < limit and shard in counts:
-        total, shard = total + counts[shard], shard + 1
-    return limit is not None and total >= limit
+            tally.add(pending.pop(future), *future.result())
 
 
 def _look(board: Board, children: dict[int | None, BaseProcess], bar: Progress) -> None:
@@ -101,7 +120,7 @@ def _obituary(board: Board, children: dict[int | None, BaseProcess], files: list
     codes = {shard: children[pid].exitcode for shard, pid in at_work.items() if pid in children}
     # The pool itself ends the others with SIGTERM.
     died = [shard for shard, code in codes.items() if code not in (None, 0, -signal.SIGTERM)] or sorted(at_work)
-    names = ", ".join(str(files[shard].shard) for shard in died) or "its first shard"
+    names = ", ".join(dict.fromkeys(files[shard].chunk.name for shard in died)) or "its first shard"
     how = {f"signal {-code}" if code < 0 else f"exit status {code}" for code in map(codes.get, died) if code}
     return (
         f"{names}: a worker died while reading it ({', '.join(sorted(how)) or 'cause unknown'}; out of memory?); "
@@ -128,7 +147,8 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
 
-def _work(shard: int, files: PartFiles) -> int:
+def _work(shard: int, files: PartFiles) -> tuple[int, bytes]:
+    """Make a part; its number of samples, and their digests where a limit counts them before duplicates are known."""
     cells = _board.shards[shard]
     stop = _board.stop
 
@@ -137,7 +157,6 @@ def _work(shard: int, files: PartFiles) -> int:
         return not stop[0]
 
     cells[0] = os.getpid()
-    count = build_part(files, report)
-    cells[0] = 0
-    cells[2] = files.shard.stat().st_size
-    return count
+    part = build_part(files, report)
+    cells[:] = 0, len(part.rows) + len(part.rejects), files.chunk.size
+    return len(part.rows), part.digests if files.rules.limit is not None else b""

@@ -1,58 +1,31 @@
-"""`harmony-fast prepare`: image-caption tars to one `.beton` file of checked, bounded JPEGs and token ids.
+"""`harmony-fast prepare`: image-caption data to one `.beton` file of checked, bounded JPEGs and token ids.
 
-One task per tar runs in a pool of processes and leaves a finished part in `OUT.beton.parts/`; this process then lays
-the parts end to end in source order. A run that was killed takes up the finished parts when it is started again, and
-ends with the same bytes. A worker that dies breaks the pool, which is an error that names its tar, not a wait.
+Tars, folder trees and tables are cut into chunks. One task per chunk runs in a pool of processes and leaves a finished
+part in `OUT.beton.parts/`; `assemble` then lays the parts end to end in source order. A run that was killed takes up
+the finished parts when it is started again, and ends with the same bytes. A worker that dies breaks the pool, which is
+an error that names its shard, not a wait.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 from ..errors import DataError
-from .beton import PAGE, BetonWriter, sync
-from .parts import Part, PartFiles, Reject, Rules, check_rules
-from .pool import read_shards
+from .assemble import Summary, assemble, gigabytes
+from .parts import PartFiles, Rules, check_rules
+from .pool import read_chunks
 from .progress import Progress
-from .sources import expand_sources
-
-
-@dataclass
-class Summary:
-    """What a run of `prepare` did."""
-
-    path: Path
-    rejects_path: Path
-    context: int
-    written: int = 0
-    """Samples in the file."""
-    passed_through: int = 0
-    """Of these, JPEGs whose bytes are the source's own; the others were encoded."""
-    captions_cut: int = 0
-    """Of these, captions of more than `context` tokens."""
-    left_out: Counter[str] = field(default_factory=Counter)
-    """Reason -> samples (for a shard that broke off: shards)."""
-    seconds: float = 0.0
-
-    def __str__(self) -> str:
-        """A few lines for the terminal."""
-        lines = [
-            f"{self.path}: {self.written:,} samples, {_gigabytes(self.path.stat().st_size)}, in {self.seconds:.1f} s",
-            f"  images: {self.passed_through:,} JPEGs as they were, {self.written - self.passed_through:,} encoded",
-            f"  captions: {self.captions_cut:,} cut to {self.context} tokens",
-            f"  left out: {self.left_out.total():,}" + (f" (listed in {self.rejects_path})" if self.left_out else ""),
-        ]
-        return "\n".join(lines + [f"    {count:>7,}  {reason}" for reason, count in self.left_out.most_common()])
+from .sources import find_chunks
+from .tokens import CLIP
+from .where import where as condition
 
 
 def prepare(
@@ -65,29 +38,43 @@ def prepare(
     quality: int = 92,
     workers: int | None = None,
     limit: int | None = None,
+    tokenizer: str = CLIP,
+    captions: Literal["one", "all"] = "one",
+    dedup: bool = False,
+    where: str | None = None,
+    image_column: str | None = None,
+    caption_columns: Sequence[str] = (),
     progress: bool = True,
 ) -> Summary:
-    """Turn webdataset tars into the FFCV file `output`, and list what was left out in `x.rejects.jsonl` beside it.
+    """Turn image-caption data into the FFCV file `output`, and list what was left out in `x.rejects.jsonl` beside it.
 
-    sources: tars, globs, brace ranges, folders of tars. context: tokens per caption. max_side, min_side: pixels; larger
-    images are shrunk, smaller ones left out. quality: of JPEGs that have to be encoded. workers: processes, by default
-    one per core. limit: the first so many usable samples only. progress: show a bar and print the summary.
+    sources: tars, globs, brace ranges, folders of tars; folder trees of images with `.txt` or `.json` beside each; CSV,
+    TSV and parquet tables. context: tokens per caption. max_side, min_side: pixels; larger images are shrunk, smaller
+    ones left out. quality: of JPEGs that have to be encoded. workers: processes, by default one per core. limit: the
+    first so many usable samples only. tokenizer: see `tokens.tokenizer_options`. captions: of an image that has
+    several, keep the first, or all, of which training draws one in each epoch (then a line of a `.txt` is a caption).
+    dedup: leave out images whose file equals an earlier one's. where: condition on the metadata (see `where`).
+    image_column, caption_columns: of tables, where their names are not usual ones. progress: show a bar and print the
+    summary.
 
     Keys are kept as they are: the same key in two shards is two samples, a second time in one shard is left out.
     Raises DataError (one line) if a source cannot be opened, no sample is usable, a worker dies, or the disk is full.
     """
     start = time.monotonic()
     output = Path(output)
-    rules = Rules(context, max_side, min_side, quality, limit)
+    if captions not in ("one", "all"):
+        raise DataError(f"captions = {captions!r}: must be 'one' or 'all'")
+    rules = Rules(context, max_side, min_side, quality, limit, tokenizer, captions == "all", dedup, where)
     check_rules(rules)
-    shards = expand_sources(sources)
+    workers = workers or len(os.sched_getaffinity(0))
+    columns = condition(where).names if where else frozenset[str]()
+    chunks = find_chunks(sources, workers, columns, image_column, caption_columns)
     folder = _parts_folder(output)
-    with _disk_explained(output, shards), _locked(folder):
-        files = [PartFiles(folder, shard, rules) for shard in shards]
-        with Progress(sum(shard.stat().st_size for shard in shards), progress) as bar:
-            counts = read_shards(files, workers or len(os.sched_getaffinity(0)), bar)
-            chosen = _take(counts, limit)
-            summary = _assemble(files[: len(chosen)], chosen, output, bar)
+    files = [PartFiles(folder, chunk, rules) for chunk in chunks]
+    with _disk_explained(output, lambda: _needed(files)), _locked(folder):
+        with Progress(sum(chunk.size for chunk in chunks), progress) as bar:
+            read = read_chunks(files, workers, bar)
+            summary = assemble(files[:read], output, rejects_path(output), bar)
         shutil.rmtree(folder)
     summary.seconds = time.monotonic() - start
     if progress:
@@ -100,10 +87,14 @@ def rejects_path(output: Path) -> Path:
     return output.with_name(output.name.removesuffix(".beton") + ".rejects.jsonl")
 
 
+def _parts(output: Path) -> Path:
+    return output.with_name(output.name + ".parts")
+
+
 def _parts_folder(output: Path) -> Path:
     if output.is_dir():
         raise DataError(f"{output}: is a folder; name the file to write, such as {output / 'train.beton'}")
-    folder = output.with_name(output.name + ".parts")
+    folder = _parts(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -123,83 +114,27 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _disk_explained(output: Path, shards: list[Path]) -> Iterator[None]:
-    """Errors of the disk in one line; a full one with the space needed: at the end, parts and file lie side by side."""
+def _disk_explained(output: Path, needed: Callable[[], int]) -> Iterator[None]:
+    """Errors of the disk in one line; a full one with the space needed."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DataError(f"{error.filename or output}: {error.strerror or error}") from error
-        needed = 2 * sum(shard.stat().st_size for shard in shards)
+        there = sum(path.stat().st_size for path in _parts(output).iterdir())
         free = shutil.disk_usage(output.parent).free
         raise DataError(
-            f"{output}: {error.strerror}; about {_gigabytes(needed)} are needed in all beside it, "
-            f"{_gigabytes(free)} are free; finished shards are kept for the next run"
+            f"{output}: {error.strerror}; about {gigabytes(needed())} are needed beside it in all, of which "
+            f"{gigabytes(there)} are there and {gigabytes(free)} are free; what is finished is kept for the next run"
         ) from error
 
 
-def _take(counts: list[int], limit: int | None) -> list[int]:
-    """How many samples to take from each shard, in order, until the limit."""
-    chosen: list[int] = []
-    for count in counts:
-        room = count if limit is None else min(count, limit - sum(chosen))
-        if limit is not None and room == 0 and sum(chosen) == limit:
-            break
-        chosen.append(room)
-    return chosen
-
-
-def _assemble(files: list[PartFiles], chosen: list[int], output: Path, bar: Progress) -> Summary:
-    """Write `output` and its list of rejects from the finished parts."""
-    summary = Summary(output, rejects_path(output), files[0].rules.context, written=sum(chosen))
-    temporary = summary.rejects_path.with_name(summary.rejects_path.name + ".tmp")
-    largest = 0
-    with open(temporary, "wb") as listing:
-        for part_files, take in zip(files, chosen, strict=True):
-            part = _load(part_files)
-            largest = max(largest, part.largest(summary.context))
-            for reject in part.rejects:
-                if reject.after < take or take == len(part.rows):
-                    summary.left_out[reject.reason] += 1
-                    listing.write(_reject_line(part_files.shard, reject))
-        sync(listing)
-    os.replace(temporary, summary.rejects_path)
-    if summary.written == 0:
-        shutil.rmtree(files[0].folder)
-        reason = "".join(f" ({reason}: {count:,})" for reason, count in summary.left_out.most_common(1))
-        raise DataError(f"no sample in {_named(files)} is usable{reason}; see {summary.rejects_path}")
-    _write_beton(files, chosen, summary, largest, bar)
-    return summary
-
-
-def _write_beton(files: list[PartFiles], chosen: list[int], summary: Summary, largest: int, bar: Progress) -> None:
-    page = max(PAGE, 1 << (largest - 1).bit_length())
-    bar.start_writing(summary.written)
-    with BetonWriter(summary.path, summary.written, summary.context, page) as writer:
-        for part_files, take in zip(files, chosen, strict=True):
-            part = _load(part_files)
-            del part.rows[take:]
-            for row, image, tokens, key in part_files.samples(part):
-                writer.write(image, row.width, row.height, tokens, key)
-                summary.passed_through += row.passed_through
-                summary.captions_cut += row.caption_cut
-            bar.written(writer.written)
-
-
-def _load(files: PartFiles) -> Part:
-    part = files.load()
-    if part is None:
-        raise DataError(f"{files.shard}: changed while it was read; run the same command again")
-    return part
-
-
-def _reject_line(shard: Path, reject: Reject) -> bytes:
-    return json.dumps({"shard": str(shard), "key": reject.key, "reason": reject.reason}).encode() + b"\n"
-
-
-def _named(files: list[PartFiles]) -> str:
-    return str(files[0].shard) if len(files) == 1 else f"{files[0].shard} and {len(files) - 1} more"
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+def _needed(files: list[PartFiles]) -> int:
+    """Bytes of the parts and the file, which lie side by side at the end; from the finished parts, where there are."""
+    read = written = 0
+    for part in files:
+        with suppress(OSError):
+            written += part.data.stat().st_size + part.index.stat().st_size
+            read += part.chunk.size
+    total = sum(part.chunk.size for part in files)
+    return 2 * (total * written // read if read else total)

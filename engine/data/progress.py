@@ -1,4 +1,4 @@
-"""The progress bar of `prepare`: images per second and the time left, from bytes read of bytes to read."""
+"""The progress bar of `prepare`: images per second and the time left."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from rich.progress import Progress as RichProgress
 
 
 class Progress:
-    """First the tars, in bytes; then the samples written to the file. A context manager."""
+    """First the sources, in bytes; then samples, as they are written or checked. A context manager."""
 
     def __init__(self, total_bytes: int, shown: bool) -> None:
+        """total_bytes: of the sources; 0 where there are none to read."""
         columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}")
         self._bar = RichProgress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown)
-        self._reading = self._bar.add_task("reading", total=total_bytes, rate="")
+        self._reading = self._bar.add_task("reading", total=total_bytes, rate="", visible=total_bytes > 0)
         self._start = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -26,14 +27,17 @@ class Progress:
         self._bar.stop()
 
     def read(self, images: int, position: int) -> None:
-        """So many images seen and bytes of tars read, by all workers together."""
-        rate = images / max(time.monotonic() - self._start, 1e-9)
-        self._bar.update(self._reading, completed=position, rate=f"{images:,} images, {rate:,.0f}/s")
+        """So many images seen and bytes of the sources read, by all workers together."""
+        self._bar.update(self._reading, completed=position, rate=f"{images:,} images, {self._rate(images)}")
 
-    def start_writing(self, samples: int) -> None:
-        """Reading is over; so many samples are to be written."""
-        self._writing = self._bar.add_task("writing", total=samples, rate="")
+    def start(self, what: str, samples: int) -> None:
+        """From now on so many samples are to be written, or checked."""
+        self._samples = self._bar.add_task(what, total=samples, rate="")
+        self._start = time.monotonic()
 
-    def written(self, samples: int) -> None:
-        """So many samples are in the file."""
-        self._bar.update(self._writing, completed=samples)
+    def done(self, samples: int) -> None:
+        """So many of them are."""
+        self._bar.update(self._samples, completed=samples, rate=self._rate(samples))
+
+    def _rate(self, images: int) -> str:
+        return f"{images / max(time.monotonic() - self._start, 1e-9):,.0f}/s"

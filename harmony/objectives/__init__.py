@@ -3,9 +3,18 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from .base import REGISTRY, Collectives, Features, Objective, ObjectiveConfig, Outcome, Surroundings
+from .base import REGISTRY, Collectives, Embeddings, Features, Objective, ObjectiveConfig, Outcome, Surroundings
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["REGISTRY", "Collectives", "Features", "Objective", "ObjectiveConfig", "Outcome", "Surroundings"]
+__all__ = [
+    "REGISTRY",
+    "Collectives",
+    "Embeddings",
+    "Features",
+    "Objective",
+    "ObjectiveConfig",
+    "Outcome",
+    "Surroundings",
+]

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from ..config import Config
+from ...kernels import prototype_cross_entropy, prototype_sums
+from ..config import Config, Fraction
+from ..heads import ProjectionHead, Prototypes
 from ..image_encoder import ImageEncoder
-from ..schedules import Clock
+from ..schedules import Clock, ramp_linear
 from ..text_encoder import CaptionFeatures, TextEncoder
 from ..views import Request, View, Views, ViewsConfig
 
@@ -60,12 +62,21 @@ class Features:
     """This objective's own head of this branch, or None"""
 
 
-@dataclass
-class Outcome:
-    """What an objective returns: its loss, unweighted, and detached numbers worth logging."""
+class Outcome(NamedTuple):
+    """What an objective returns: its loss, unweighted, and detached numbers worth logging.
+
+    A tuple, because ZeRO stage 3 looks for the tensors in a module's output to know when its backward pass begins.
+    """
 
     loss: Tensor
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor]
+
+
+class Embeddings(NamedTuple):
+    """What an objective compares across samples: any number of tensors [B, ...] of each branch."""
+
+    student: tuple[Tensor, ...]
+    teacher: tuple[Tensor, ...]
 
 
 class Objective(nn.Module, ABC):
@@ -76,6 +87,9 @@ class Objective(nn.Module, ABC):
     """Width E of the joint space, if it needs the towers' projections to one"""
     whole_captions: bool = False
     """Whether the teacher must encode the padding of captions too"""
+    compares_samples: ClassVar[bool] = False
+    """Whether the loss compares samples with each other. Such an objective has `embed` and `compare`: with gradient
+    accumulation the embeddings of all micro-batches are compared at once (GradCache, Gao et al. 2021)."""
 
     def __init__(self, config: ObjectiveConfig) -> None:
         super().__init__()
@@ -108,6 +122,14 @@ class Objective(nn.Module, ABC):
         self, student: Features, teacher: Features, views: Views, clock: Clock, collectives: Collectives
     ) -> Outcome:
         """The loss of this micro-batch, a mean over all ranks' samples once the ranks' losses are averaged."""
+
+    def embed(self, student: Features, teacher: Features, clock: Clock) -> Embeddings:
+        """What is compared; the loss depends on the features through this alone."""
+        raise NotImplementedError(f"{type(self).__name__} does not compare samples")
+
+    def compare(self, embeddings: Embeddings, clock: Clock, collectives: Collectives) -> Outcome:
+        """The loss of embeddings [B, ...] of any number of this rank's samples."""
+        raise NotImplementedError(f"{type(self).__name__} does not compare samples")
 
     def end_step(self, collectives: Collectives) -> None:
         """Called once per optimizer step, after it: the place to move centers."""
@@ -167,6 +189,11 @@ class Center(nn.Module):
         self.total += total
         self.count += count
 
+    def add_scores(self, u: Tensor, layer: Prototypes) -> None:
+        """Take in the logits of unit vectors [R, d]."""
+        with torch.no_grad():
+            self.add(prototype_sums(u, layer()), len(u))
+
     @torch.no_grad()
     def move(self, collectives: Collectives) -> None:
         """Move the center by what was taken in since the last call; without any output it stays."""
@@ -175,3 +202,89 @@ class Center(nn.Module):
         self.value.copy_(torch.where(sums[-1] > 0, self.value.lerp(mean, 1 - self.momentum), self.value))
         self.total.zero_()
         self.count.zero_()
+
+
+class DistillationConfig(ObjectiveConfig):
+    """Head, temperatures and centers of an objective that distils prototype scores. The defaults are DINO's head."""
+
+    prototypes: PositiveInt = 8192
+    """Outputs K of the head."""
+    hidden: PositiveInt = 2048
+    """Width of the head's hidden layers."""
+    bottleneck: PositiveInt = 256
+    """Width of the unit vectors that are compared with the prototypes."""
+    layers: PositiveInt = 3
+    """Linear layers of the head, before the prototypes."""
+    student_temperature: PositiveFloat = 0.1
+    teacher_temperature: PositiveFloat = 0.04
+    """After the warm-up."""
+    teacher_temperature_start: PositiveFloat = 0.04
+    temperature_epochs: int = Field(5, ge=0)
+    """Length of the teacher temperatures' linear warm-up, epochs."""
+    temperature_by_epoch: bool = False
+    """Move the temperatures once an epoch (the authors' code) instead of with every step."""
+    center_momentum: Fraction = 0.9
+    freeze_last_layer: int = Field(0, ge=0)
+    """Epochs during which the student's prototypes stay fixed."""
+
+
+class Distillation(Objective):
+    """An objective that distils prototype scores: a projection head with an EMA twin, and centers."""
+
+    def __init__(self, config: DistillationConfig, width: int) -> None:
+        """width: of the features that go into the head."""
+        super().__init__(config)
+        self.width = width
+
+    def build_head(self) -> ProjectionHead:
+        """A projection head with one set of prototypes."""
+        c = self.config
+        return ProjectionHead(self.width, c.hidden, c.bottleneck, c.prototypes, c.layers)
+
+    def new_center(self, prototypes: int) -> Center:
+        """A center that `end_step` moves, once it is an attribute of this objective."""
+        return Center(prototypes, self.config.center_momentum)
+
+    def cross_entropy(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        layers: tuple[Prototypes, Prototypes],
+        center: Center,
+        temperature: float,
+        row_weight: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy between the centered, sharpened scores of teacher rows and the scores of student rows.
+
+        student, teacher: unit vectors [R, d], paired row by row. layers: the student's and the teacher's prototypes.
+        temperature: the teacher's. row_weight: [R], default 1/R. No row gives 0.
+        """
+        return prototype_cross_entropy(
+            student, layers[0](), teacher, layers[1](), center.value,
+            student_temperature=self.config.student_temperature, teacher_temperature=temperature, row_weight=row_weight,
+        )  # fmt: skip
+
+    def teacher_temperature(self, clock: Clock) -> float:
+        """The temperature of the teacher's scores at this step."""
+        return self.warmed_up(clock, self.config.teacher_temperature_start, self.config.teacher_temperature)
+
+    def warmed_up(self, clock: Clock, start: float, end: float) -> float:
+        """A temperature on its way from `start` to `end`."""
+        return ramp_linear(clock, start, end, self.config.temperature_epochs, self.config.temperature_by_epoch)
+
+    def frozen_parameters(self, head: ProjectionHead) -> tuple[list[nn.Parameter], int]:
+        """The prototypes, for the first epochs."""
+        layers = [layer for layer in (head.last_layer, head.last_layer2) if layer is not None]
+        return [layer.weight_v for layer in layers], self.config.freeze_last_layer
+
+    def end_step(self, collectives: Collectives) -> None:
+        """Move the centers."""
+        for module in self.children():
+            if isinstance(module, Center):
+                module.move(collectives)
+
+
+def require_pairs(name: str, views: ViewsConfig) -> None:
+    """Raise ValueError if objective `name`, which compares a global crop with another crop, would have no other one."""
+    if views.global_crops + views.local_crops < 2:
+        raise ValueError(f"objectives.{name} compares crops: set views.global_crops to 2 or more, or views.local_crops")

@@ -1,23 +1,43 @@
-"""Image-text contrast with hard labels and soft EMA-teacher targets (CLIP; Harmony, section 3.2)."""
+"""Image-text contrast: softmax with hard labels and soft EMA-teacher targets (CLIP, Radford et al. 2021; Harmony,
+section 3.2), or a sigmoid for each pair (SigLIP, Zhai et al. 2023)."""
 
 from __future__ import annotations
 
 import math
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
+from ...kernels import contrastive_terms
 from ..config import Fraction
 from ..schedules import Clock, ramp_cosine
 from ..views import Request, View, Views
-from .base import Collectives, Features, Objective, ObjectiveConfig, Outcome, Surroundings, at_least_float, register
+from .base import (
+    Collectives,
+    Embeddings,
+    Features,
+    Objective,
+    ObjectiveConfig,
+    Outcome,
+    Surroundings,
+    at_least_float,
+    register,
+)
+
+ACCURACY_ROWS = 256
+SIGMOID = {"hard_weight": 1.0, "hard_weight_end": 1.0, "initial_temperature": 0.1, "max_logit_scale": None}
+"""What kind: sigmoid means for keys that are not given (SigLIP, section 3.2)."""
 
 
 class ContrastiveConfig(ObjectiveConfig):
     """Weights of hard and soft targets, and the temperature."""
 
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: each image chooses among all texts and the reverse (CLIP); sigmoid: each pair by itself, with a learned
+    bias (SigLIP): no soft targets then, and unless said otherwise the scale starts at 10 and has no bound."""
     hard_weight: Fraction = 1.0
     """Weight of the hard (one-hot) targets at the start; soft targets get the rest."""
     hard_weight_end: Fraction = 0.2
@@ -28,23 +48,39 @@ class ContrastiveConfig(ObjectiveConfig):
     """Temperature of the teacher's similarities."""
     initial_temperature: PositiveFloat = 0.07
     """Temperature that the learned logit scale starts with."""
+    initial_bias: float = -10.0
+    """What the learned bias of the sigmoids starts with; not used with softmax."""
     max_logit_scale: float | None = Field(100.0, gt=0)
     """Largest logit scale (CLIP's 100); null: unbounded, as in the authors' code."""
     embed_dim: int = Field(512, gt=0)
     """Width E of the joint space."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sigmoid(cls, given: Any) -> Any:
+        return {**SIGMOID, **given} if isinstance(given, dict) and given.get("kind") == "sigmoid" else given
+
+    @model_validator(mode="after")
+    def _sigmoid_is_hard(self) -> ContrastiveConfig:
+        if self.kind == "sigmoid" and (self.hard_weight != 1 or self.hard_weight_end != 1):
+            raise ValueError("kind: sigmoid has no soft targets; set hard_weight and hard_weight_end to 1.0")
+        return self
+
 
 @register("contrastive")
 class Contrastive(Objective):
-    """w hard + (1 - w) soft cross-entropy of the scaled cosine similarities, image to text and text to image."""
+    """w hard + (1 - w) soft cross-entropy of the scaled cosine similarities, image to text and text to image; or the
+    sigmoid loss of all pairs."""
 
     Config = ContrastiveConfig
+    compares_samples = True
 
     def __init__(self, config: ContrastiveConfig, around: Surroundings) -> None:
         super().__init__(config)
         self.embed_dim = config.embed_dim
         # One element rather than a scalar: DeepSpeed cannot broadcast tensors without a dimension.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / config.initial_temperature)]))
+        self.logit_bias = nn.Parameter(torch.tensor([config.initial_bias])) if config.kind == "sigmoid" else None
 
     @property
     def student_views(self) -> Request:
@@ -65,37 +101,52 @@ class Contrastive(Objective):
     def forward(
         self, student: Features, teacher: Features, views: Views, clock: Clock, collectives: Collectives
     ) -> Outcome:
+        """The loss of one micro-batch by itself."""
+        return self.compare(self.embed(student, teacher, clock), clock, collectives)
+
+    def embed(self, student: Features, teacher: Features, clock: Clock) -> Embeddings:
+        """Unit vectors [B, E] of images and texts; the teacher's only while soft targets count."""
+        taught = () if self.hard_weight(clock) == 1 else embeddings(teacher)
+        return Embeddings(embeddings(student), taught)
+
+    def compare(self, embeddings: Embeddings, clock: Clock, collectives: Collectives) -> Outcome:
         """Rows are this rank's samples, columns all ranks'."""
-        cfg = self.config
-        image, text = (F.normalize(at_least_float(e), dim=-1) for e in embeddings(student))
+        image, text = embeddings.student
         images, texts = collectives.gather(image), collectives.gather(text)
-        scale = at_least_float(self.logit_scale).exp().squeeze()
-        by_image, by_text = scale * image @ texts.T, scale * text @ images.T  # [B, world * B]
-
-        labels = torch.arange(len(image), device=image.device) + collectives.rank * len(image)
-        hard = (F.cross_entropy(by_image, labels) + F.cross_entropy(by_text, labels)) / 2
-        accuracy = (by_image.detach().argmax(-1) == labels).float().mean()
-        metrics = {"hard": hard.detach(), "accuracy": accuracy, "logit_scale": scale.detach()}
-
-        ramp = cfg.hard_weight_epochs * clock.steps_per_epoch
-        weight = ramp_cosine(clock.step, cfg.hard_weight, cfg.hard_weight_end, ramp)
-        if weight == 1:
+        scale, weight = at_least_float(self.logit_scale).exp().squeeze(), self.hard_weight(clock)
+        offset = collectives.rank * len(image)
+        taught = {}
+        if weight < 1:
+            known = dict(zip(("teacher_image", "teacher_text"), embeddings.teacher, strict=True))
+            taught = {**known, **{f"all_{name}": collectives.gather(x) for name, x in known.items()}}
+        bias = None if self.logit_bias is None else at_least_float(self.logit_bias).squeeze()
+        hard, soft = contrastive_terms(
+            image, text, scale, all_image=images, all_text=texts, **taught, row_offset=offset,
+            soft_temperature=self.config.soft_temperature, kind=self.config.kind, logit_bias=bias,
+        )  # fmt: skip
+        metrics = {"hard": hard.detach(), "accuracy": accuracy(image, texts, offset), "logit_scale": scale.detach()}
+        if bias is not None:
+            metrics["logit_bias"] = bias.detach()
+        if soft is None:
             return Outcome(hard, metrics)
-        to_text, to_image = self.soft_targets(teacher, collectives)
-        soft = (F.cross_entropy(by_image, to_text) + F.cross_entropy(by_text, to_image)) / 2
         return Outcome(weight * hard + (1 - weight) * soft, {**metrics, "soft": soft.detach()})
 
-    @torch.no_grad()
-    def soft_targets(self, teacher: Features, collectives: Collectives) -> tuple[Tensor, Tensor]:
-        """The teacher's beliefs: rows of softmax(similarity / soft_temperature), image to text and text to image."""
-        image, text = (F.normalize(at_least_float(e), dim=-1) for e in embeddings(teacher))
-        images, texts = collectives.gather(image), collectives.gather(text)
-        tau = self.config.soft_temperature
-        return (image @ texts.T / tau).softmax(-1), (text @ images.T / tau).softmax(-1)
+    def hard_weight(self, clock: Clock) -> float:
+        """Weight of the hard targets at this step."""
+        c = self.config
+        return ramp_cosine(clock.step, c.hard_weight, c.hard_weight_end, c.hard_weight_epochs * clock.steps_per_epoch)
 
 
 def embeddings(branch: Features) -> tuple[Tensor, Tensor]:
-    """Image and text embeddings [B, E] of one branch, not normalised."""
+    """Unit vectors of images and texts [B, E] of one branch, fp32 or better."""
     caption = branch.captions[View.CAPTION]
     image = branch.image_encoder.project(branch.images[View.GLOBAL_PLAIN][0, :, 0])
-    return image, branch.text_encoder.project(caption.packed.tokens[caption.last])
+    text = branch.text_encoder.project(caption.tokens[caption.last])
+    return F.normalize(at_least_float(image), dim=-1), F.normalize(at_least_float(text), dim=-1)
+
+
+@torch.no_grad()
+def accuracy(image: Tensor, texts: Tensor, offset: int) -> Tensor:
+    """Share of images whose nearest text is their own; of the first ones only, so that it costs next to nothing."""
+    nearest = (image[:ACCURACY_ROWS] @ texts.T).argmax(-1)
+    return (nearest == torch.arange(len(nearest), device=image.device) + offset).float().mean()

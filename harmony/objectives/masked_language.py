@@ -38,9 +38,8 @@ class MaskedLanguage(Objective):
         """The teacher is not asked. Without a masked word the loss is 0."""
         caption, index = student.captions[View.CAPTION_MASKED], views.caption_index
         context = views.tokens.shape[1]
-        places = caption.first[index // context] + index % context
-        logits = at_least_float(self.decoder(caption.packed, places))
+        logits = at_least_float(self.decoder(caption.tokens, caption.layout, caption.places(index, context)))
         words = views.tokens.flatten()[index]
-        count = collectives.sum(logits.new_tensor(float(len(index)))).clamp(min=1) / collectives.world_size
+        count = collectives.sum(views.masked_words).clamp(min=1) / collectives.world_size
         accuracy = (logits.detach().argmax(-1) == words).sum() / max(len(index), 1)
         return Outcome(F.cross_entropy(logits, words, reduction="sum") / count, {"accuracy": accuracy})

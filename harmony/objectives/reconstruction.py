@@ -56,7 +56,7 @@ class Reconstruction(Objective):
         target = normalised_pixels(views.global_crops[: self.crops], self.patch_size)
         removed = views.removed[: self.crops, :, :, None].expand(-1, -1, -1, target.shape[-1])
         error = (prediction - target.gather(2, removed)).square().mean((1, 2, 3))  # [crops]
-        return Outcome(error.sum(), {"per_crop": error.mean().detach()})
+        return Outcome(error.sum(), {f"crop_{i}": e for i, e in enumerate(error.detach())})
 
     def predict(self, student: Features, views: Views) -> Tensor:
         """Standardised pixels of the removed patches: [crops, B, removed, 3 p p]."""

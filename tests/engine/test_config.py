@@ -92,3 +92,33 @@ def test_reference_compat_sets_what_is_not_said(tiny: dict) -> None:
 def test_any_mapping_gives_a_configuration_or_a_message(raw: dict) -> None:
     with pytest.raises(UserError):  # data and objectives are required and never in it
         parse_config(raw, "test")
+
+
+def test_a_base_is_read_first(tmp_path: Path, tiny: dict) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**tiny, "seed": 3}))
+    middle = {
+        "base": "../tiny.yaml",
+        "epochs": 9,
+        "objectives": {"reconstruction": None, "contrastive": {"weight": 2.0}},
+    }
+    (tmp_path / "sub" / "middle.yaml").write_text(yaml.safe_dump(middle))
+    (tmp_path / "sub" / "top.yaml").write_text("base: middle.yaml\nepochs: 5\nviews: {local_crops: 0}\n")
+    config = load_config(tmp_path / "sub" / "top.yaml", ["objectives.contrastive.embed_dim=8"])
+    assert (config.seed, config.epochs, config.views.local_crops) == (3, 5, 0)
+    assert config.views.global_size == tiny["views"]["global_size"]
+    assert "reconstruction" not in config.objectives.active() and "masked_language" in config.objectives.active()
+    assert (config.objectives.contrastive.weight, config.objectives.contrastive.embed_dim) == (2.0, 8)
+    assert "base" not in yaml.safe_load(dump_config(config))
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("base: nowhere.yaml", "nowhere.yaml: no such configuration file"),
+    ("base: c.yaml", "c.yaml: is its own base (c.yaml)"),
+    ("base: 3", "c.yaml: 'base' must be the path of a configuration file (given: 3)"),
+])  # fmt: skip
+def test_a_base_that_cannot_be_read_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        load_config(tmp_path / "c.yaml")
+    assert message in str(error.value)

@@ -122,23 +122,25 @@ def test_packed_captions_equal_padded_ones(lengths: list[int], whole: bool) -> N
     torch.manual_seed(0)
     text = TextEncoder(TEXT, None).double()
     tokens = captions(lengths)
-    layout = lay_out_captions(torch.tensor(lengths), 12, 1, whole)
-    packed = text.encode(tokens[None], layout)
-    padded = text.encode(tokens[None], lay_out_captions(torch.full((len(lengths),), 12), 12, 1))
-    padded = padded.tokens.view(len(lengths), 12, 32)
+    layout = lay_out_captions(torch.tensor(lengths), 12, whole)
+    packed = text.encode(torch.stack([tokens, tokens]), layout)
+    first_view, second_view = packed.chunk(2)
+    padded = text.encode(tokens[None], lay_out_captions(torch.full((len(lengths),), 12), 12))
+    padded = padded.view(len(lengths), 12, 32)
     for i, length in enumerate(lengths):
-        first, last = int(layout.first[0, i]), int(layout.last[0, i])
+        first, last = int(layout.first[i]), int(layout.last[i])
         assert last - first == length - 1
-        torch.testing.assert_close(packed.tokens[first : last + 1], padded[i, :length], rtol=1e-9, atol=1e-10)
-    assert packed.tokens.shape[0] == (12 * len(lengths) if whole else sum(lengths))
+        torch.testing.assert_close(first_view[first : last + 1], padded[i, :length], rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(first_view, second_view, rtol=1e-9, atol=1e-10)
+    assert first_view.shape[0] == (12 * len(lengths) if whole else sum(lengths))
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9)), min_size=1, max_size=5))
 def test_dense_groups_come_back(shapes: list[tuple[int, int]]) -> None:
     groups = [torch.randn(n, length, 3) for n, length in shapes]
-    packed = pack_dense(groups)
-    assert int(packed.offsets[-1]) == len(packed.tokens) == sum(n * length for n, length in shapes)
-    for group, back in zip(groups, unpack_dense(packed.tokens, groups), strict=True):
+    tokens, layout = pack_dense(groups)
+    assert int(layout.offsets[-1]) == len(tokens) == sum(n * length for n, length in shapes)
+    for group, back in zip(groups, unpack_dense(tokens, groups), strict=True):
         assert torch.equal(group, back)
 
 

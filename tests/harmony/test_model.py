@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from harmony_fast.harmony.model import Harmony, MethodConfig
+from harmony_fast.harmony.model import Harmony, MethodConfig, StepOutput
 from harmony_fast.harmony.objectives import REGISTRY, Collectives
 from harmony_fast.harmony.objectives.base import Center
-from harmony_fast.harmony.objectives.self_distillation import masked_cross_entropy, pairwise_cross_entropy
 from harmony_fast.harmony.schedules import Clock, ramp_cosine, ramp_linear, warmup_cosine
 from harmony_fast.harmony.teacher import twins
 from harmony_fast.harmony.views import Views, draw_views
@@ -31,9 +30,14 @@ def views_of(model: Harmony, batch: int = 6) -> Views:
     return draw_views(v, 8, *crops, tokens, torch.arange(batch), 0, 0)
 
 
+def losses(model: Harmony) -> StepOutput:
+    views = views_of(model)
+    return model.losses(views, model.teach(views), CLOCK, Collectives())
+
+
 def test_every_trainable_parameter_gets_a_gradient(tiny: dict) -> None:
     model = build(tiny).train()
-    model(views_of(model), CLOCK, Collectives()).loss.backward()
+    losses(model).loss.backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert without == []
     assert all(p.grad is None and not p.requires_grad for p in model.teacher.parameters())
@@ -41,14 +45,15 @@ def test_every_trainable_parameter_gets_a_gradient(tiny: dict) -> None:
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_one_objective_alone_trains_and_builds_no_more_than_it_needs(tiny: dict, name: str) -> None:
-    others = {other: None for other in REGISTRY if other != name}
-    model = build(tiny, **others)
-    model(views_of(model), CLOCK, Collectives()).loss.backward()
+    chosen = {other: None for other in REGISTRY}
+    chosen[name] = tiny["objectives"].get(name, {"prototypes": 64, "hidden": 32, "bottleneck": 16})
+    model = build(tiny, **chosen)
+    losses(model).loss.backward()
     assert list(model.objectives) == [name]
-    assert (model.student.text is None) == (name in ("self_distillation", "reconstruction"))
+    assert (model.student.text is None) == (name in ("self_distillation", "scfs", "reconstruction"))
     assert (model.student.image is None) == (name in ("masked_language", "text_distillation"))
     has_teacher = any(True for _ in model.teacher.parameters())
-    assert has_teacher == (name in ("contrastive", "self_distillation", "text_distillation"))
+    assert has_teacher == (name in ("contrastive", "self_distillation", "scfs", "text_distillation"))
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
@@ -67,7 +72,7 @@ def test_teacher_starts_as_the_student(tiny: dict) -> None:
 
 def test_loss_is_the_weighted_sum(tiny: dict) -> None:
     model = build(tiny, reconstruction={**tiny["objectives"]["reconstruction"], "weight": 3.0})
-    out = model(views_of(model), CLOCK, Collectives())
+    out = losses(model)
     weights = {name: o.config.weight for name, o in model.objectives.items()}
     assert weights["reconstruction"] == 3.0
     torch.testing.assert_close(out.loss, sum(weights[n] * v for n, v in out.losses.items()))
@@ -77,7 +82,7 @@ def test_captions_without_masked_words_give_no_text_loss(tiny: dict) -> None:
     tiny["views"]["caption_mask_ratio"] = 0.0
     tiny["views"]["block_ratios"], tiny["views"]["block_ratio_spreads"] = [0.0], [0.0]
     model = build(tiny)
-    out = model(views_of(model), CLOCK, Collectives())
+    out = losses(model)
     out.loss.backward()
     assert out.losses["masked_language"] == 0 and out.losses["text_distillation"] == 0
     assert out.metrics["self_distillation/patch"] == 0
@@ -96,24 +101,6 @@ def test_by_default_the_pixel_decoder_can_tell_positions_apart(tiny: dict) -> No
         prediction = model.objectives["reconstruction"].predict(features, views)
         spread = (prediction - prediction[:, :, :1]).abs().max()
         assert (spread > 1e-3) == differ
-
-
-def test_pairwise_cross_entropy_is_the_mean_over_pairs() -> None:
-    q, z = torch.randn(2, 5, 7).softmax(-1), torch.randn(6, 5, 7)
-    pairs = [(a, v) for a in range(2) for v in range(6) if a != v]
-    expected = torch.stack([-(q[a] * z[v].log_softmax(-1)).sum(-1).mean() for a, v in pairs]).mean()
-    torch.testing.assert_close(pairwise_cross_entropy(q, z), expected)
-
-
-def test_masked_cross_entropy_counts_images_without_masks_as_zero(tiny: dict) -> None:
-    model = build(tiny)
-    views = views_of(model, 20)
-    counts = views.block_mask.sum(-1)
-    assert (counts == 0).any()
-    q, z = torch.randn(len(views.block_index), 7).softmax(-1), torch.randn(len(views.block_index), 7)
-    rows = iter(-(q * z.log_softmax(-1)).sum(-1))
-    per_image = [sum(next(rows) for _ in range(int(n))) / max(int(n), 1) for n in counts.flatten()]
-    torch.testing.assert_close(masked_cross_entropy(q, z, views), torch.tensor(per_image).mean())
 
 
 def test_center_moves_by_the_mean_of_all_that_was_taken_in() -> None:

@@ -1,12 +1,14 @@
 """The compiled crop operation against its PyTorch reference and against PIL."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
-from harmony_fast.engine.data import crops
+from harmony_fast.engine.data import crops, portable_crops
 from harmony_fast.harmony import randomness
 from harmony_fast.harmony.randomness import Purpose, sample_keys
-from harmony_fast.harmony.views import crop_boxes
+from harmony_fast.harmony.views import ViewsConfig, crop_boxes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,9 +23,9 @@ def unsigned(key: torch.Tensor) -> np.uint64:
     return np.uint64(int(key) & (2**64 - 1))
 
 
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Smooth random colours."""
-    noise = np.random.default_rng(seed).integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
+def picture(height: int, width: int, seed: int = 0, grain: int = 8) -> np.ndarray:
+    """Smooth random colours that change every `grain` pixels."""
+    noise = np.random.default_rng(seed).integers(0, 256, (height // grain + 2, width // grain + 2, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
 
 
@@ -95,3 +97,53 @@ def test_edges_do_not_leak_from_outside_the_box() -> None:
         out = np.empty((size, size, 3), np.uint8)
         crops.cut(image, (10, 10, 20, 20), out)
         assert (out == 200).all()
+
+
+def jpeg_of(image: np.ndarray) -> np.ndarray:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=95)
+    return np.frombuffer(file.getvalue(), np.uint8)
+
+
+def crops_of(jpegs: list[np.ndarray], sizes: list[tuple[int, int]], views: ViewsConfig, most: int) -> list[np.ndarray]:
+    """Global and local crops of some JPEGs, of height and width `sizes`."""
+    count = len(jpegs)
+    large = np.empty((count, views.global_crops, views.global_size, views.global_size, 3), np.uint8)
+    small = np.empty((count, views.local_crops, views.local_size, views.local_size, 3), np.uint8)
+    status = np.empty(count, np.int32)
+    height, width = np.array(sizes).T
+    crops.cut_batch(
+        np.arange(count), np.zeros(count, np.int64), height, width, np.array([j.ctypes.data for j in jpegs]),
+        np.array([j.size for j in jpegs]), crops.epoch_key(3, 0), crops.geometry(views), most, large, small, status,
+    )  # fmt: skip
+    assert not status.any()
+    return [large, small]
+
+
+def test_large_images_are_decoded_smaller_and_look_the_same() -> None:
+    views = ViewsConfig(global_size=96, local_size=40, local_crops=3)
+    sizes = [(1000, 1203), (701, 1501), (515, 517), (96, 2000)]
+    jpegs = [jpeg_of(picture(*size, seed=i, grain=60)) for i, size in enumerate(sizes)]
+    whole, reduced = crops_of(jpegs, sizes, views, 1), crops_of(jpegs, sizes, views, 8)
+    different = [[not np.array_equal(a[i], b[i]) for a, b in zip(whole, reduced, strict=True)] for i in range(4)]
+    assert different == [[True, True], [True, True], [True, True], [False, False]]
+    for a, b in zip(whole, reduced, strict=True):
+        assert np.abs(a.astype(int) - b).mean() < 2 and np.quantile(np.abs(a.astype(int) - b), 0.999) < 24
+
+
+@given(st.integers(-(2**63), 2**63 - 1), SIDE, SIDE, st.integers(1, 300), st.integers(1, 300))
+@settings(max_examples=300, deadline=None)
+def test_no_crop_is_enlarged_by_a_smaller_decode(key: int, height: int, width: int, large: int, small: int) -> None:
+    size = torch.tensor([height]), torch.tensor([width])
+    boxes = crop_boxes(torch.tensor([key]), *size, 4, (0.05, 1.0), (0.75, 4 / 3))[0].numpy()
+    sides = np.array([large, large, small, small])
+    part = crops.reduction(boxes, sides, 8)
+    assert part == portable_crops.reduction(boxes, sides)
+    room = (boxes[:, 2:] // sides[:, None]).min()
+    assert part == max(p for p in (1, 2, 4, 8) if p <= max(room, 1))
+    for (top, left, h, w), side in zip(boxes.tolist(), sides.tolist(), strict=True):
+        for start, length, whole in ((top, h, height), (left, w, width)):
+            first, size = crops._reduced(start, length, part, side, -(-whole // part))
+            if part > 1:
+                assert size >= side and first >= 0 and first + size <= -(-whole // part)
+                assert abs(first - start / part) <= 1 and abs(first + size - (start + length) / part) <= 1

@@ -1,0 +1,105 @@
+"""Times and memory of rivals, side by side in one process: alternating rounds, medians and quartiles."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+Work = Callable[[], object]
+
+
+class Timing(NamedTuple):
+    """Milliseconds of one call: median and quartiles over `samples` rounds."""
+
+    median: float
+    low: float
+    high: float
+    samples: int
+
+
+def alternate(
+    rivals: dict[str, Work], device: torch.device, *, rounds: int = 15, seconds: float = 10.0
+) -> dict[str, Timing]:
+    """Time every rival once a round, each round starting with another one, after two calls to warm up.
+
+    A sample is the time from one call to the next over several calls in a row where a call is short (under 2 ms), so
+    the cost of launching kernels counts where it is felt. Stops after `rounds`, or after `seconds` with three at least.
+    """
+    repeats = {name: _repeats(work, device) for name, work in rivals.items()}
+    samples: dict[str, list[float]] = {name: [] for name in rivals}
+    order, start = list(rivals), time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - start > seconds:
+            break
+        for name in order[done % len(order) :] + order[: done % len(order)]:
+            samples[name].append(measure(rivals[name], device, repeats[name]))
+    return {name: summary(values) for name, values in samples.items()}
+
+
+def measure(work: Work, device: torch.device, repeats: int = 1) -> float:
+    """Milliseconds of one call, averaged over `repeats` in a row; CUDA events on a GPU."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(repeats):
+            work()
+        return (time.perf_counter() - start) * 1e3 / repeats
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    for _ in range(repeats):
+        work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / repeats
+
+
+def summary(samples: list[float]) -> Timing:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+    return Timing(middle, low, high, len(samples))
+
+
+def peak_memory(work: Work, device: torch.device) -> float | None:
+    """MiB that one call takes at most beyond what is there before it; None where the system does not tell.
+
+    On a GPU what torch has allocated; on the CPU the resident set of the process (Linux).
+    """
+    work()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    try:
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # what was freed before goes back to the system, or it would hide what is taken
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark (proc(5))
+        before = _resident("VmRSS")
+        work()
+        return max(0.0, _resident("VmHWM") - before)
+    except (OSError, AttributeError):
+        return None
+
+
+def _resident(field: str) -> float:
+    """A line of /proc/self/status in MiB."""
+    return int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024
+
+
+def _repeats(work: Work, device: torch.device) -> int:
+    """Warm up; then how many calls last about 2 ms."""
+    work()
+    once = max(min(measure(work, device), measure(work, device)), 1e-3)
+    return max(1, min(50, round(2.0 / once)))

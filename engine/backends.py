@@ -1,0 +1,35 @@
+"""Which backend computes each kernel of a run: the configuration's `kernels:`, told to the dispatcher and checked."""
+
+from __future__ import annotations
+
+import torch
+
+from ..kernels import dispatch
+from .config import RunConfig
+from .errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def use_backends(config: RunConfig, device: torch.device) -> dict[str, dispatch.Choice]:
+    """Prefer the configuration's backends from now on; the choices for this device, by operation.
+
+    Raises UserError if a backend that the configuration or HARMONY_FAST_KERNELS asks for cannot run here.
+    """
+    try:
+        dispatch.prefer(config.kernels.model_dump())
+        return choices(device, DTYPES[config.precision])
+    except ValueError as error:
+        raise UserError(f"{error}; say auto, or another backend") from None
+
+
+def choices(device: torch.device, dtype: torch.dtype) -> dict[str, dispatch.Choice]:
+    """What the dispatcher chooses for tensors of a dtype on a device (the EMA's are fp32 always), by operation.
+
+    Raises ValueError if a backend that was asked for cannot do it.
+    """
+    found = {}
+    for operation in dispatch.OPERATIONS:
+        example = torch.empty(0, dtype=torch.float32 if operation == "ema" else dtype, device=device)
+        found[operation] = dispatch.choose(operation, example)
+    return found

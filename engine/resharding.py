@@ -1,0 +1,82 @@
+"""Optimizer states for another number of ranks, or another ZeRO stage, than they were saved with.
+
+DeepSpeed's converter to "universal" checkpoints takes the ranks' files apart into one tensor per parameter and moment;
+each rank then takes its own part of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .distributed import Ranks
+from .errors import UserError
+from .zero import Zero
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@torch.no_grad()
+def take_moments(checkpoint: Path, steps: dict[str, int], zero: Zero, ranks: Ranks) -> None:
+    """Give this rank's shards their AdamW moments from a checkpoint of any number of ranks. All ranks must call.
+
+    steps: AdamW's count of the steps of each parameter.
+
+    Raises UserError for 8-bit states, whose blocks cannot be cut elsewhere, and if the converter fails.
+    """
+    if zero.config.optimizer.states == "8bit":
+        raise UserError(f"{checkpoint}: 8-bit optimizer states need the ranks and the stage that saved them")
+    inner = getattr(zero.optimizer, "optimizer", zero.optimizer)
+    with _universal(checkpoint, ranks) as folder:
+        for shard in zero.partition.shards():
+            names = [zero.names[id(parameter)] for parameter in shard.parameters]
+            state = {}
+            for moment in MOMENTS:
+                whole = [_read(folder, name, moment).view(zero.shapes[name]) for name in names]
+                state[moment] = zero.partition.cut(whole, shard).to(shard.master)
+            state["step"] = _step_like(inner, steps[names[0]])
+            inner.state[shard.state_key] = state
+
+
+def _read(folder: Path, name: str, what: str) -> Tensor:
+    """One tensor of a universal checkpoint."""
+    content = torch.load(folder / "zero" / name / f"{what}.pt", map_location="cpu", weights_only=True)
+    return content["param"] if isinstance(content, dict) else torch.as_tensor(content)
+
+
+def _step_like(optimizer: torch.optim.Optimizer, step: int) -> Tensor | int:
+    """The step count in the form that the optimizer keeps it: DeepSpeedCPUAdam an int, torch's AdamW a float tensor."""
+    return torch.tensor(float(step)) if isinstance(optimizer, torch.optim.AdamW) else step
+
+
+@contextlib.contextmanager
+def _universal(checkpoint: Path, ranks: Ranks) -> Iterator[Path]:
+    """A folder with the universal form of a checkpoint, for as long as it is needed."""
+    folder = checkpoint.parent / f".{checkpoint.name}.universal"
+    problem = ""
+    if ranks.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+        # The process group of this run is none of the converter's business.
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
+                   "--input_folder", str(checkpoint), "--output_folder", str(folder),
+                   "--num_extract_workers", "1", "--num_merge_workers", "1"]  # fmt: skip
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        problem = "" if result.returncode == 0 else (result.stderr.strip().splitlines() or ["no message"])[-1]
+    try:
+        if ranks.any(bool(problem)):
+            raise UserError(f"{checkpoint}: cannot be taken apart for another number of ranks: {problem}")
+        yield folder
+    finally:
+        ranks.barrier()
+        if ranks.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+            (checkpoint.parent / "latest_universal").unlink(missing_ok=True)

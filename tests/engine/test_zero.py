@@ -1,0 +1,232 @@
+"""Every layout of the engine trains, and the layouts that promise the same mathematics keep the promise."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harmony_fast.engine.config import parse_config
+from harmony_fast.engine.errors import UserError
+from harmony_fast.engine.zero import deepspeed_config
+from tiny import tiny_config
+
+pytestmark = pytest.mark.timeout(1200)  # the first test trains all the layouts
+WORKER = Path(__file__).with_name("steps_worker.py")
+Settings = dict[str, tuple[dict[str, Any], int, bool]]
+"""By name: configuration, steps, whether to save a checkpoint"""
+
+
+def config(**over: Any) -> dict[str, Any]:
+    """The tiny configuration with dotted keys (as key__key) set."""
+    raw = tiny_config()
+    raw["data"]["batch_size"] = 8
+    raw["model"]["text"]["vocabulary"] = 64
+    raw["optimizer"] = {"lr": 0.03, "warmup_epochs": 0}
+    for key, value in over.items():
+        *path, last = key.split("__")
+        node = raw
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    parse_config(raw, "the test")
+    return raw
+
+
+def run(folder: Path, ranks: int, settings: Settings) -> dict[str, dict[str, Any]]:
+    """The worker on some ranks under each setting; what rank 0 found."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.json").write_text(json.dumps(settings))
+    environment = {
+        **os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GLOO_SOCKET_IFNAME": "lo",
+        "HARMONY_FAST_STORE": str(folder / "store"), "OMP_NUM_THREADS": "1", "HARMONY_FAST_KERNELS": "torch",
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(folder / "settings.json"), str(folder)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        messages = [process.communicate(timeout=1100)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(m[-3000:] for m in messages)
+    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in settings}
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any], rtol: float = 1e-5) -> None:
+    """Losses agree, and weights relative to each tensor's norm.
+
+    The key part of attention biases has no gradient in exact arithmetic: what AdamW makes of the rounding there is
+    left out.
+    """
+    torch.testing.assert_close(torch.tensor(one["losses"]), torch.tensor(other["losses"]), rtol=rtol, atol=0)
+    assert one["weights"].keys() == other["weights"].keys()
+    for name, value in one["weights"].items():
+        difference = value - other["weights"][name]
+        if name.endswith(("attn.qkv.bias", "attn.in_proj_bias")):
+            difference.view(3, -1)[1] = 0
+        error = float(difference.norm() / value.norm().clamp(min=1e-6))
+        assert error < rtol, (name, error)
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "stage0": {"zero__stage": 0},
+    "stage1": {"zero__stage": 1},
+    "stage2": {"zero__stage": 2},
+    "stage3": {"zero__stage": 3},
+    "split": {"pass": "split"},
+    "micro": {"data__micro_batch_size": 2},
+    "micro1": {"data__micro_batch_size": 1, "zero__stage": 2},
+    "split_micro3": {"pass": "split", "data__micro_batch_size": 2, "zero__stage": 3},
+    "recompute": {"activation_checkpointing": {"image": 1, "text": 2}},
+    "recompute3": {"activation_checkpointing": {"image": 2, "text": 1}, "zero__stage": 3},
+    "offload_micro": {"zero__stage": 2, "zero__offload_optimizer": True, "data__micro_batch_size": 2},
+    "offload_split1": {"zero__stage": 1, "zero__offload_optimizer": True, "pass": "split"},
+    "offload_all3": {"zero__stage": 3, "zero__offload_optimizer": True, "zero__offload_parameters": True},
+}
+"""Those that must compute the same as one rank with one batch in one pass"""
+
+CLIPPED: dict[str, dict[str, Any]] = {
+    f"clipped{stage}": {"zero__stage": stage, "optimizer__clip": "parameter", "optimizer__clip_grad": 0.1,
+                        "optimizer__clip_only": ["student.image.", "student.heads.self_distillation."]}
+    for stage in (0, 1, 2)
+}  # fmt: skip
+"""The same with clipping parameter by parameter"""
+
+
+def combinations() -> dict[str, dict[str, Any]]:
+    """Every allowed combination of stage, offload and optimizer states, plain and with everything else on top."""
+    found = {}
+    for stage, host, parameters, states in product((0, 1, 2, 3), (False, True), (False, True), ("fp32", "8bit")):
+        chosen = {"zero__stage": stage, "zero__offload_optimizer": host, "zero__offload_parameters": parameters,
+                  "optimizer__states": states}  # fmt: skip
+        more = {"pass": "split", "data__micro_batch_size": 2, "activation_checkpointing": {"image": 1, "text": 1},
+                "precision": "bf16"}  # fmt: skip
+        for extra in ({}, more):
+            try:
+                config(**chosen, **extra)
+            except UserError:
+                continue
+            name = f"stage{stage}-{states}{'-host' if host else ''}{'-parameters' if parameters else ''}"
+            found[f"{name}{'-everything' if extra else ''}"] = {**chosen, **extra}
+    found["stage1-fp16"] = {"zero__stage": 1, "precision": "fp16"}
+    found["stage3-fp16"] = {"zero__stage": 3, "precision": "fp16", "data__micro_batch_size": 2}
+    return found
+
+
+def settings_of(layouts: dict[str, dict[str, Any]], steps: int) -> Settings:
+    return {name: (config(run_dir="none", **layout), steps, False) for name, layout in layouts.items()}
+
+
+RESUMED = {"stage1": 1, "stage2": 2, "stage3": 3}
+"""Runs that stop after two of five steps and go on with another number of ranks: name, ZeRO stage"""
+
+
+def interrupted(folder: Path, steps: int, save: bool) -> Settings:
+    """The runs of RESUMED in folders of their own; one more begins in stage 1 and goes on in stage 3."""
+    stages = {**RESUMED, "1to3": 1 if save else 3}
+    return {
+        f"{'begun' if save else 'resumed'}-{name}": (config(run_dir=str(folder / name), zero__stage=stage), steps, save)
+        for name, stage in stages.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: tmp_path_factory.mktemp(name) for name in ("one", "two", "again", "begun-by-one", "begun-by-two")}
+
+
+@pytest.fixture(scope="module")
+def one_rank(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    begun = interrupted(folders["begun-by-one"], 2, True)
+    return run(folders["one"], 1, settings_of({**LAYOUTS, **CLIPPED}, 5) | begun)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folders: dict[str, Path], one_rank: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    everything = settings_of({**LAYOUTS, **CLIPPED}, 5) | settings_of(combinations(), 2)
+    begun, resumed = interrupted(folders["begun-by-two"], 2, True), interrupted(folders["begun-by-one"], 5, False)
+    return run(folders["two"], 2, everything | begun | resumed)
+
+
+@pytest.fixture(scope="module")
+def one_rank_resumed(folders: dict[str, Path], two_ranks: dict[str, Any]) -> dict[str, Any]:
+    return run(folders["again"], 1, interrupted(folders["begun-by-two"], 5, False))
+
+
+@pytest.mark.parametrize("name", [*RESUMED, "1to3"])
+def test_a_run_goes_on_with_another_number_of_ranks_and_another_stage(
+    one_rank: dict[str, Any], two_ranks: dict[str, Any], one_rank_resumed: dict[str, Any], name: str
+) -> None:
+    undisturbed = {**one_rank["stage1"], "losses": one_rank["stage1"]["losses"][2:]}
+    assert_same(undisturbed, two_ranks[f"resumed-{name}"])
+    assert_same(undisturbed, one_rank_resumed[f"resumed-{name}"])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_same_mathematics_whatever_the_layout(
+    one_rank: dict[str, Any], two_ranks: dict[str, Any], name: str
+) -> None:
+    assert_same(one_rank["stage0"], one_rank[name])
+    assert_same(one_rank["stage0"], two_ranks[name])
+
+
+@pytest.mark.parametrize("name", CLIPPED)
+def test_clipping_by_parameter_is_the_same_in_every_stage(
+    one_rank: dict[str, Any], two_ranks: dict[str, Any], name: str
+) -> None:
+    assert_same(one_rank["clipped0"], one_rank[name])
+    assert_same(one_rank["clipped0"], two_ranks[name])
+    assert one_rank["clipped0"]["losses"] != one_rank["stage0"]["losses"]
+
+
+@pytest.mark.parametrize("name", combinations())
+def test_every_allowed_combination_trains(two_ranks: dict[str, Any], name: str) -> None:
+    losses = torch.tensor(two_ranks[name]["losses"])
+    assert losses.isfinite().all()
+    torch.testing.assert_close(losses, torch.tensor(two_ranks["stage1"]["losses"][:2]), rtol=0.1, atol=0)
+
+
+def test_half_of_the_memory_on_each_of_two_ranks(one_rank: dict[str, Any], two_ranks: dict[str, Any]) -> None:
+    """Counted bytes of fp32 weights and EMA; a few more for padding."""
+    for stage in (1, 2, 3):
+        whole, half = one_rank[f"stage{stage}"]["bytes"], two_ranks[f"stage{stage}"]["bytes"]
+        for part in ("masters", "ema"):
+            assert whole[part] / 2 <= half[part] <= whole[part] / 2 + 1024
+    assert two_ranks["stage0"]["bytes"] == one_rank["stage0"]["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"zero__stage": 0, "zero__offload_optimizer": True}, "offload_optimizer needs zero.stage"),
+        ({"zero__stage": 2, "zero__offload_parameters": True}, "offload_parameters needs zero.stage 3"),
+        ({"zero__offload_optimizer": True, "optimizer__states": "8bit"}, "no host version"),
+        ({"zero__stage": 3, "optimizer__clip": "parameter"}, "stage 3 gives no access"),
+        ({"zero__offload_optimizer": True, "optimizer__clip": "parameter"}, "cannot be used with"),
+        ({"zero__stage": 0, "precision": "fp16"}, "loss scaling"),
+    ],
+)
+def test_combinations_that_cannot_work_are_refused_with_the_reason(over: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config(**over)
+
+
+def test_the_users_deepspeed_settings_are_merged_into_the_generated_ones() -> None:
+    raw = config(
+        zero__stage=2, deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}, "wall_clock_breakdown": True}
+    )
+    generated = deepspeed_config(parse_config(raw, "the test"), 2)
+    assert generated["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+    assert generated["wall_clock_breakdown"] is True
+    assert generated["train_micro_batch_size_per_gpu"] == 4

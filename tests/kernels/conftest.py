@@ -1,0 +1,27 @@
+"""Kernel tests run the Triton kernels under Triton's interpreter, on CPU tensors.
+
+The variable holds for these tests alone: with it the dispatcher would take the slow interpreter for the tensors of
+every other test of the process. `harmony_fast.kernels.interpreter` reads it at each launch, so it does not matter who
+imported Triton or the kernels first. Tests of compiled kernels start a process of their own (see test_aot.py).
+"""
+
+import pytest
+import torch
+from harmony_fast.kernels import interpreter
+
+interpreter.install()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def interpreted() -> object:
+    """TRITON_INTERPRET=1 and automatic dispatch while the tests of a module run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.delenv("HARMONY_FAST_KERNELS", raising=False)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def one_seed() -> None:
+    """The same random numbers in every order of the tests."""
+    torch.manual_seed(0)
