@@ -252,7 +252,7 @@ def test_without_held_out_samples_the_training_file_is_shown(tmp_path: Path) -> 
     assert page.absent() == {"metrics", "zero-shot", "neighbours"}
     assert "data.train" in page.parts["views"]
     assert "key 3" in page.parts["attention"]
-    assert re.search(r"thing \d, < ?u>", page.parts["views"])
+    assert re.search(r"thing \d, < ?u ?>", page.parts["views"])
     assert "of 25" in page.text  # epochs of one step
 
 
