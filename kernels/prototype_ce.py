@@ -31,11 +31,10 @@ def prototype_cross_entropy(
     student, teacher: [R, d], paired row by row. student_weight, teacher_weight: [K, d]. A pair of features and weight
     shares its width and dtype, fp16, bf16, fp32 or fp64; the teacher's may differ from the student's.
     center: [K], any float dtype. row_weight: [R], any float dtype; default 1/R. Logits, softmax and sums are fp32.
-    No rows, a batch without any masked patch, gives 0 and gradients of 0.
 
     Backends: `triton` keeps a tile of logit gradients of at most 4,096 x 8,192; `torch` the logits of a few rows;
     both make the gradients together with the loss, and only where gradients are asked for.
-    Raises ValueError for a wrong shape, dtype, device or temperature.
+    Raises ValueError naming the argument for a wrong shape, dtype, device or temperature, or an empty batch.
     """
     _validate(student, student_weight, teacher, teacher_weight, center, row_weight)
     for name, tau in (("student_temperature", student_temperature), ("teacher_temperature", teacher_temperature)):
@@ -47,7 +46,7 @@ def prototype_cross_entropy(
     obstacle = {"triton": "the teacher is float64"} if teacher.dtype == torch.float64 else {}
     backend = choose("prototype_ce", student, obstacle).backend
     with full_precision(student):
-        if rows == 0 or (backend == "torch" and rows * prototypes <= ONE_PIECE):
+        if backend == "torch" and rows * prototypes <= ONE_PIECE:
             return reference(*arguments, *temperatures, row_weight)
         gradients = torch.is_grad_enabled() and (student.requires_grad or student_weight.requires_grad)
         return prototype_loss(*arguments, *temperatures, row_weight, gradients, backend)[0]
@@ -152,7 +151,7 @@ def _loss_and_gradients(
 def _row_weight(row_weight: Tensor | None, student: Tensor, dtype: torch.dtype) -> Tensor:
     if row_weight is not None:
         return row_weight.detach().to(dtype)
-    return torch.full((len(student),), 1 / max(1, len(student)), dtype=dtype, device=student.device)
+    return torch.full((len(student),), 1 / len(student), dtype=dtype, device=student.device)
 
 
 def _validate(
@@ -161,6 +160,8 @@ def _validate(
 ) -> None:  # fmt: skip
     check_matrix("student", student)
     rows, width = student.shape
+    if rows == 0:
+        raise ValueError(f"student: the batch is empty, {[*student.shape]}")
     check_matrix("student_weight", student_weight, width=width)
     prototypes = student_weight.shape[0]
     if prototypes == 0 or width == 0:
