@@ -194,6 +194,8 @@ class RunConfig(MethodConfig):
     """How many of the newest checkpoints stay."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of forward and backward passes; optimizer and EMA are fp32 always."""
+    tf32: bool = True
+    """On GPUs with `precision: fp32`: products with TensorFloat-32's ten bits of fraction, several times faster."""
     pass_mode: Literal["packed", "split"] = Field("packed", alias="pass")
     """packed: one student pass for all objectives; split: one for each group of objectives that share no view, each
     with its own backward pass, so that less is held at a time. The gradients are the same."""

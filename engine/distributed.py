@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -79,6 +80,7 @@ class _Gather(torch.autograd.Function):
 
 def join() -> Ranks:
     """Join the ranks that were started (by `launch`, torchrun, deepspeed or SLURM), or be a single process."""
+    _read_slurm()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
@@ -98,7 +100,28 @@ def join() -> Ranks:
 
 def started_by_launcher() -> bool:
     """Whether this process is one rank of several that something else started."""
+    _read_slurm()
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _read_slurm() -> None:
+    """What SLURM says to each task of `srun`, as torch's variables, which win where they are set already.
+
+    The ranks meet at MASTER_ADDR, by default the step's first node, port MASTER_PORT, by default one of the job's own.
+    """
+    slurm = os.environ
+    if "RANK" in slurm or int(slurm.get("SLURM_STEP_NUM_TASKS", 1)) < 2 or "SLURM_PROCID" not in slurm:
+        return
+    found = {"RANK": slurm["SLURM_PROCID"], "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"]}
+    found["LOCAL_RANK"] = slurm.get("SLURM_LOCALID", "0")
+    found["MASTER_ADDR"] = first_host(slurm.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+    found["MASTER_PORT"] = str(20000 + int(slurm.get("SLURM_JOB_ID", 0)) % 20000)
+    os.environ.update({name: value for name, value in found.items() if name not in os.environ})
+
+
+def first_host(hosts: str) -> str:
+    """The first of SLURM's list of hosts: gpu[07-09,12],login -> gpu07."""
+    return "".join(re.match(r"([^,\[]*)(?:\[([^\],-]*)[^\]]*\])?([^,\[]*)", hosts).groups(""))
 
 
 def launch(ranks: int, arguments: list[str]) -> None:

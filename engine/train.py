@@ -27,12 +27,12 @@ from .distributed import Ranks, join
 from .ema import ShardedEma
 from .errors import UserError
 from .log import Log
-from .zero import Scalars, Zero, scalars_at
+from .zero import Scalars, Zero, deepspeed_config, scalars_at
 
 # Keys that may change when a run goes on: they do not touch what is computed.
 FREE_KEYS = (
     "run_dir", "max_steps", "log_every", "checkpoint_every", "keep_checkpoints", "data.workers", "evaluate.",
-    "pass", "zero.", "deepspeed", "activation_checkpointing.", "data.micro_batch_size", "kernels.",
+    "pass", "zero.", "deepspeed", "tf32", "activation_checkpointing.", "data.micro_batch_size", "kernels.",
 )  # fmt: skip
 
 
@@ -44,6 +44,8 @@ def train(config: RunConfig) -> None:
     ranks = join()
     stop = StopRequest()
     use_backends(config, ranks.device)
+    if ranks.device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     prepare_run_folder(config, ranks)
     torch.manual_seed(config.seed)  # initial weights only: all later draws are counter-based
     with open_loader(config, ranks) as loader:
@@ -159,6 +161,8 @@ def prepare_run_folder(config: RunConfig, ranks: Ranks) -> None:
             temporary = path.with_suffix(".tmp")
             temporary.write_text(dump_config(config), encoding="utf-8")
             temporary.replace(path)
+            generated = json.dumps(deepspeed_config(config, ranks.world_size), indent=1)
+            (config.run_dir / "deepspeed.json").write_text(generated, encoding="utf-8")
         except OSError as error:
             raise UserError(f"run_dir {config.run_dir}: cannot be written: {error.strerror}") from None
     ranks.barrier()

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from harmony_fast.engine.data.prepare import prepare
+from harmony_fast.engine.distributed import first_host
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -21,9 +22,10 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 STEPS = 7
 
 
-def start(*arguments: object) -> subprocess.Popen:
-    words = [*COMMAND, *map(str, arguments)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+def start(*arguments: object, **environment: object) -> subprocess.Popen:
+    words, variables = [*COMMAND, *map(str, arguments)], {name: str(value) for name, value in environment.items()}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, **pipes, env={**ENVIRONMENT, **variables})
 
 
 def run(*arguments: object, fails: bool = False) -> str:
@@ -123,6 +125,31 @@ def test_two_ranks_compute_what_one_does(config: Path, undisturbed: Path, tmp_pa
     run("train", config, f"run_dir={tmp_path / 'run'}", "max_steps=4", "--ranks", 2)
     for ours, theirs in zip(losses(tmp_path / "run"), losses(undisturbed), strict=False):
         assert ours == pytest.approx(theirs, rel=1e-5)
+    generated = json.loads((tmp_path / "run" / "deepspeed.json").read_text())
+    assert generated["train_micro_batch_size_per_gpu"] == 4 and generated["zero_optimization"]["stage"] == 1
+
+
+def test_tasks_of_slurm_join_each_other(config: Path, undisturbed: Path, tmp_path: Path) -> None:
+    tasks = [
+        start(
+            "train", config, f"run_dir={tmp_path / 'run'}", "max_steps=2", GLOO_SOCKET_IFNAME="lo",
+            SLURM_PROCID=rank, SLURM_LOCALID=rank, SLURM_STEP_NUM_TASKS=2, SLURM_STEP_NODELIST="localhost",
+            HARMONY_FAST_STORE=tmp_path / "store",
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for task in tasks:
+        _, err = task.communicate(timeout=240)
+        assert task.returncode == 0, err[-3000:]
+    for ours, theirs in zip(losses(tmp_path / "run"), losses(undisturbed), strict=False):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize(("hosts", "first"), [
+    ("gpu7", "gpu7"), ("gpu[07-09,12]", "gpu07"), ("a1,b[2-3]", "a1"), ("n[3,5-6]-ib,m1", "n3-ib"),
+])  # fmt: skip
+def test_slurms_first_host(hosts: str, first: str) -> None:
+    assert first_host(hosts) == first
 
 
 def test_a_rank_that_dies_ends_the_run(config: Path, tmp_path: Path) -> None:
