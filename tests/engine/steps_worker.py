@@ -2,12 +2,16 @@
 the engine's own passes, optimizer and EMA on made-up samples, and writes losses and weights to OUT/<setting>.pt.
 """
 
+import functools
 import json
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from harmony_fast.engine.accumulate import accumulate
 from harmony_fast.engine.checkpoint import Checkpoints, consolidated_weights
 from harmony_fast.engine.config import RunConfig, parse_config
@@ -20,6 +24,26 @@ from harmony_fast.engine.zero import Zero, scalars_at
 from harmony_fast.harmony.schedules import Clock
 
 STEPS_PER_EPOCH = 3
+COLLECTIVES = {"all_reduce": "tensor", "all_gather_into_tensor": "output_tensor", "reduce_scatter_tensor": "input"}
+"""The collectives that carry gradients and parameters, and their largest tensor's name"""
+sent: Counter[str] = Counter()
+"""Bytes of those tensors so far"""
+
+
+def count_bytes() -> None:
+    """Count from now on; before DeepSpeed takes the functions."""
+
+    def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tensor = kwargs.get(COLLECTIVES[name], args[name == "reduce_scatter_tensor" :][0] if args else None)
+            sent[name] += tensor.nbytes
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in COLLECTIVES:
+        setattr(dist, name, counting(name, getattr(dist, name)))
 
 
 def samples(config: RunConfig, step: int, ranks: Ranks) -> RawBatch:
@@ -51,7 +75,7 @@ def train(config: RunConfig, ranks: Ranks, steps: int, save: bool = False) -> di
     saved = checkpoints.latest()
     done = checkpoints.load(saved, zero, ema) if saved else 0
     model.train()
-    losses, norms = [], []
+    losses, norms, before = [], [], Counter()
     for step in range(done, steps):
         clock = Clock(step, STEPS_PER_EPOCH, config.epochs)
         views = StepViews(config, samples(config, step, ranks), clock, parts=count_micro_batches(config, ranks))
@@ -62,15 +86,18 @@ def train(config: RunConfig, ranks: Ranks, steps: int, save: bool = False) -> di
             model.end_step(ranks)
         losses.append(float(ranks.sum(output.loss.detach().double())) / ranks.world_size)
         norms.append(float(zero.gradient_norm()))
+        messages, before = sent - before, sent.copy()
     if save:
         checkpoints.save(steps, zero, ema)
     shards = zero.partition.shards()
     held = {"masters": sum(s.master.nbytes for s in shards), "ema": sum(s.nbytes for s in ema.shards)}
-    return {"losses": losses, "norms": norms, "weights": consolidated_weights(zero, ema), "bytes": held}
+    counts = {"bytes": held, "messages": dict(messages)}  # messages: of the last step
+    return {"losses": losses, "norms": norms, "weights": consolidated_weights(zero, ema), **counts}
 
 
 def main(settings: Path, out: Path) -> None:
     """All settings of the file: {"name": [configuration, steps, whether to save], ...}."""
+    count_bytes()
     ranks = join()
     for name, (raw, steps, save) in json.loads(settings.read_text()).items():
         result = train(parse_config(raw, name), ranks, steps, save)

@@ -12,6 +12,8 @@ import pytest
 import torch
 from harmony_fast.engine.config import parse_config
 from harmony_fast.engine.errors import UserError
+from harmony_fast.engine.scaling import Sizes, held_bytes, messages
+from harmony_fast.engine.train import build_model
 from harmony_fast.engine.zero import deepspeed_config
 from tiny import tiny_config
 
@@ -95,6 +97,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "offload_all3": {"zero__stage": 3, "zero__offload_optimizer": True, "zero__offload_parameters": True},
 }
 """Those that must compute the same as one rank with one batch in one pass"""
+
+NEVER_KEPT = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+LAYOUTS["gather3"] = {"zero__stage": 3, "deepspeed": {"zero_optimization": NEVER_KEPT}}
+"""Parameters are gathered for each use, which the formula counts; by default small ones stay"""
 
 CLIPPED: dict[str, dict[str, Any]] = {
     f"clipped{stage}": {"zero__stage": stage, "optimizer__clip": "parameter", "optimizer__clip_grad": 0.1,
@@ -204,6 +210,29 @@ def test_half_of_the_memory_on_each_of_two_ranks(one_rank: dict[str, Any], two_r
         for part in ("masters", "ema"):
             assert whole[part] / 2 <= half[part] <= whole[part] / 2 + 1024
     assert two_ranks["stage0"]["bytes"] == one_rank["stage0"]["bytes"]
+
+
+@pytest.mark.parametrize(("name", "stage"), [("stage0", 0), ("stage1", 1), ("stage2", 2), ("gather3", 3)])
+def test_bytes_are_those_of_the_formulas(
+    one_rank: dict[str, Any], two_ranks: dict[str, Any], name: str, stage: int
+) -> None:
+    """Memory to a few bytes of padding, messages to the losses' and the passes' small change."""
+    weights = one_rank[name]["weights"]
+    model = build_model(parse_config(config(), "the test"))
+    sizes = Sizes(
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+        sum(p.numel() for p in model.teacher.parameters()),
+    )
+    assert sum(w.numel() for n, w in weights.items()) >= sizes.trained + sizes.twins
+    for ranks, found in ((1, one_rank[name]["bytes"]), (2, two_ranks[name]["bytes"])):
+        held = held_bytes(sizes, stage, ranks, element=4)
+        assert found["ema"] == pytest.approx(held["ema"], abs=1024)
+        assert found["masters"] == pytest.approx(held["masters"] or 4 * sizes.trained, abs=1024)
+    counted, expected = two_ranks[name]["messages"], messages(sizes, stage, element=4)
+    for kind, count in expected.items():
+        slack = 0.1 * count if (stage, kind) == (3, "all_gather") else 4096
+        key = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}.get(kind, kind)
+        assert count <= counted.get(key, 0) <= count + slack, (kind, count, counted)
 
 
 @pytest.mark.parametrize(
