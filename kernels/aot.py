@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -57,7 +57,7 @@ def compile_case(case: AotCase, capability: int) -> dict[str, Any]:
     """Compile for a compute capability (80, 90, 100) and say what the code needs.
 
     Returns registers (per thread), stack, spill_stores, spill_loads, spills (their sum) and shared (bytes),
-    tensor_core (instructions by name), ptx_bytes. Raises ValueError for a case that does not fit its kernel;
+    tensor_core (instructions by name). Raises ValueError for a case that does not fit its kernel;
     what the compiler raises passes through.
     """
     import triton
@@ -85,7 +85,6 @@ def compile_case(case: AotCase, capability: int) -> dict[str, Any]:
         "spills": usage["spill_stores"] + usage["spill_loads"],
         "shared": compiled.metadata.shared,
         "tensor_core": _tensor_core_instructions(compiled.asm["cubin"], knobs.nvidia.cuobjdump.path),
-        "ptx_bytes": len(compiled.asm["ptx"]),
     }
 
 
@@ -112,7 +111,7 @@ def _sources(function: Any, seen: set[str]) -> Iterator[str]:
         value = function.fn.__globals__[used]
         if isinstance(value, JITFunction):
             yield from _sources(value, seen)
-        elif not isinstance(value, ModuleType):
+        elif not isinstance(value, (ModuleType, FunctionType)):  # a host function has a parameter's name
             yield f"{used} = {value!r}"
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import triton
 from harmony_fast.bench import aot
-from harmony_fast.kernels.aot import SHARED_LIMIT, AotCase, compile_case, fingerprint
+from harmony_fast.kernels.aot import SHARED_LIMIT, AotCase, _jit_function, _sources, compile_case, fingerprint
 from triton import language as tl
 
 
@@ -40,6 +40,12 @@ def test_the_committed_table_is_sound() -> None:
         assert aot.problems(part["rows"]) == []
         assert {row["capability"] for row in part["rows"]} == set(aot.CAPABILITIES)
         assert {"torch", "triton", "python"} <= set(part["versions"])
+
+
+def test_fingerprints_do_not_depend_on_where_things_lie_in_memory() -> None:
+    for module in aot.MODULES:
+        for case in aot.cases(module).values():
+            assert " at 0x" not in "".join(_sources(_jit_function(case), set())), case.name
 
 
 def test_a_fingerprint_changes_with_what_is_compiled() -> None:
