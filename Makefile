@@ -17,7 +17,7 @@ demo: setup  ## Train all five objectives on the demo data, evaluate, write runs
 	$(RUN) report runs/demo
 
 test: setup  ## Run the tests
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: setup  ## Check the style
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt '.[lint]'

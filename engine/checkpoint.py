@@ -55,7 +55,7 @@ class Checkpoints:
             save_file(weights, temporary / WEIGHTS, {"step": str(step)})
             progress = {
                 "step": step, "ranks": self._ranks.world_size, "stage": zero.config.zero.stage,
-                "adam_steps": zero.step_counts(),
+                "adam_steps": zero.step_counts(), "loss_scale": zero.loss_scale,
             }  # fmt: skip
             (temporary / "progress.json").write_text(json.dumps(progress))
             self._publish(temporary, final)
@@ -79,16 +79,16 @@ class Checkpoints:
         if progress["ranks"] is None:
             start_from(load_file(path / WEIGHTS), zero, ema)
             return progress["step"]
-        layout = [self._ranks.world_size, zero.config.zero.stage]
-        if [progress["ranks"], progress["stage"]] != layout:
+        stage, ranks = zero.config.zero.stage, self._ranks
+        replicated = progress["stage"] == stage == 0  # then every rank's files say the same
+        if not replicated and (progress["ranks"], progress["stage"]) != (ranks.world_size, stage):
             start_from(load_file(path / WEIGHTS), zero, ema)
-            take_moments(path, progress["adam_steps"], zero, self._ranks)
+            take_moments(path, progress["stage"], progress["adam_steps"], zero, ranks)
+            zero.loss_scale = progress["loss_scale"]
             return progress["step"]
         zero.engine.load_checkpoint(str(self.folder), tag=path.name)
-        shards = torch.load(
-            path / f"ema-rank-{self._ranks.rank}.pt", map_location=self._ranks.device, weights_only=True
-        )
-        ema.load(shards)
+        file = path / f"ema-rank-{ranks.rank % progress['ranks']}.pt"
+        ema.load(torch.load(file, map_location=ranks.device, weights_only=True))
         return progress["step"]
 
     def _publish(self, temporary: Path, final: Path) -> None:

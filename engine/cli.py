@@ -203,6 +203,8 @@ def _guarded(function: Any, *arguments: Any) -> None:
 
 def main() -> None:
     """The console script."""
+    # deepspeed's launcher adds an option before all others; the environment says the same.
+    sys.argv = [word for word in sys.argv if not word.startswith("--local_rank=")]
     _guarded(app)
 
 

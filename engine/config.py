@@ -196,6 +196,9 @@ class RunConfig(MethodConfig):
     """Of forward and backward passes; optimizer and EMA are fp32 always."""
     tf32: bool = True
     """On GPUs with `precision: fp32`: products with TensorFloat-32's ten bits of fraction, several times faster."""
+    compile: bool = False
+    """torch.compile for the transformer blocks: the first steps take a minute longer, all others less; not in ZeRO
+    stage 3."""
     pass_mode: Literal["packed", "split"] = Field("packed", alias="pass")
     """packed: one student pass for all objectives; split: one for each group of objectives that share no view, each
     with its own backward pass, so that less is held at a time. The gradients are the same."""
@@ -240,6 +243,9 @@ class RunConfig(MethodConfig):
             ),
             "optimizer.clip parameter cannot be used with zero.offload_optimizer": (
                 self.optimizer.clip == "parameter" and offload
+            ),
+            "compile needs zero.stage 0, 1 or 2: stage 3 gathers parameters in the middle of what would be compiled": (
+                self.compile and stage == 3
             ),
             "precision fp16 needs zero.stage 1, 2 or 3 for its loss scaling": self.precision == "fp16" and stage == 0,
         }

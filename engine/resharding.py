@@ -1,7 +1,7 @@
 """Optimizer states for another number of ranks, or another ZeRO stage, than they were saved with.
 
-DeepSpeed's converter to "universal" checkpoints takes the ranks' files apart into one tensor per parameter and moment;
-each rank then takes its own part of them.
+Stage 0 keeps them whole. For the others DeepSpeed's converter to "universal" checkpoints takes the ranks' files apart
+into one tensor per parameter and moment. Each rank then takes its own part of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,34 +22,38 @@ from .errors import UserError
 from .zero import Zero
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+ReadMoment = Callable[[str, str], Tensor]
+"""The whole of a moment by the parameter's name and its own"""
 
 
 @torch.no_grad()
-def take_moments(checkpoint: Path, steps: dict[str, int], zero: Zero, ranks: Ranks) -> None:
+def take_moments(checkpoint: Path, stage: int, steps: dict[str, int], zero: Zero, ranks: Ranks) -> None:
     """Give this rank's shards their AdamW moments from a checkpoint of any number of ranks. All ranks must call.
 
-    steps: AdamW's count of the steps of each parameter.
+    stage: the ZeRO stage that saved it. steps: AdamW's count of the steps of each parameter.
 
     Raises UserError for 8-bit states, whose blocks cannot be cut elsewhere, and if the converter fails.
     """
     if zero.config.optimizer.states == "8bit":
         raise UserError(f"{checkpoint}: 8-bit optimizer states need the ranks and the stage that saved them")
     inner = getattr(zero.optimizer, "optimizer", zero.optimizer)
-    with _universal(checkpoint, ranks) as folder:
+    with _universal(checkpoint, ranks) if stage else contextlib.nullcontext(_replica(checkpoint, zero)) as read:
         for shard in zero.partition.shards():
             names = [zero.names[id(parameter)] for parameter in shard.parameters]
             state = {}
             for moment in MOMENTS:
-                whole = [_read(folder, name, moment).view(zero.shapes[name]) for name in names]
+                whole = [read(name, moment).view(zero.shapes[name]) for name in names]
                 state[moment] = zero.partition.cut(whole, shard).to(shard.master)
             state["step"] = _step_like(inner, steps[names[0]])
             inner.state[shard.state_key] = state
 
 
-def _read(folder: Path, name: str, what: str) -> Tensor:
-    """One tensor of a universal checkpoint."""
-    content = torch.load(folder / "zero" / name / f"{what}.pt", map_location="cpu", weights_only=True)
-    return content["param"] if isinstance(content, dict) else torch.as_tensor(content)
+def _replica(checkpoint: Path, zero: Zero) -> ReadMoment:
+    """The moments of a checkpoint of stage 0, where one file has them all, numbered in the optimizer's order."""
+    saved = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)["optimizer"]
+    states = saved.get("optimizer_state_dict", saved)["state"]
+    place = {name: i for i, name in enumerate(zero.order)}
+    return lambda name, moment: states[place[name]][moment]
 
 
 def _step_like(optimizer: torch.optim.Optimizer, step: int) -> Tensor | int:
@@ -58,8 +62,8 @@ def _step_like(optimizer: torch.optim.Optimizer, step: int) -> Tensor | int:
 
 
 @contextlib.contextmanager
-def _universal(checkpoint: Path, ranks: Ranks) -> Iterator[Path]:
-    """A folder with the universal form of a checkpoint, for as long as it is needed."""
+def _universal(checkpoint: Path, ranks: Ranks) -> Iterator[ReadMoment]:
+    """The moments of a checkpoint of stages 1 to 3; its universal form is a folder for as long as this lasts."""
     folder = checkpoint.parent / f".{checkpoint.name}.universal"
     problem = ""
     if ranks.is_main:
@@ -74,7 +78,12 @@ def _universal(checkpoint: Path, ranks: Ranks) -> Iterator[Path]:
     try:
         if ranks.any(bool(problem)):
             raise UserError(f"{checkpoint}: cannot be taken apart for another number of ranks: {problem}")
-        yield folder
+
+        def read(name: str, moment: str) -> Tensor:
+            content = torch.load(folder / "zero" / name / f"{moment}.pt", map_location="cpu", weights_only=True)
+            return content["param"] if isinstance(content, dict) else torch.as_tensor(content)
+
+        yield read
     finally:
         ranks.barrier()
         if ranks.is_main:

@@ -19,6 +19,7 @@ from ..harmony.text_encoder import TextTransformer
 from .accumulate import accumulate
 from .backends import use_backends
 from .checkpoint import Checkpoints
+from .compiled import compile_blocks
 from .config import RunConfig, differences, dump_config, load_config
 from .data.batch import RawBatch
 from .data.open_loader import AnyLoader, open_loader
@@ -32,7 +33,7 @@ from .zero import Scalars, Zero, deepspeed_config, scalars_at
 # Keys that may change when a run goes on: they do not touch what is computed.
 FREE_KEYS = (
     "run_dir", "max_steps", "log_every", "checkpoint_every", "keep_checkpoints", "data.workers", "evaluate.",
-    "pass", "zero.", "deepspeed", "tf32", "activation_checkpointing.", "data.micro_batch_size", "kernels.",
+    "pass", "zero.", "deepspeed", "tf32", "compile", "activation_checkpointing.", "data.micro_batch_size", "kernels.",
 )  # fmt: skip
 
 
@@ -101,7 +102,7 @@ def batches(config: RunConfig, loader: AnyLoader, done: int, last: int) -> Itera
 
 
 def build_model(config: RunConfig) -> Harmony:
-    """The model with the run's activation checkpointing."""
+    """The model with the run's activation checkpointing and compilation."""
     model = Harmony(config)
     every = {
         ImageEncoder: config.activation_checkpointing.image, PixelDecoder: config.activation_checkpointing.image,
@@ -110,6 +111,8 @@ def build_model(config: RunConfig) -> Harmony:
     for module in model.modules():
         if type(module) in every:
             module.checkpoint_every = every[type(module)]
+    if config.compile:
+        compile_blocks(model)
     return model
 
 

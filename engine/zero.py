@@ -149,6 +149,8 @@ class Zero:
             deepspeed.get_accelerator().is_fp16_supported = lambda: True
         self.model, self.groups, self.config, self._ranks = model, parameter_groups(model), config, ranks
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.order = [self.names[id(parameter)] for group in self.groups for parameter in group["params"]]
+        """Names of the trained parameters as the optimizer numbers them"""
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(config, self.groups),
@@ -195,6 +197,11 @@ class Zero:
     def loss_scale(self) -> float:
         """Factor that backward passes multiply the loss with (fp16); 1 otherwise."""
         return float(getattr(self.optimizer, "loss_scale", 1.0)) if self.dtype == torch.float16 else 1.0
+
+    @loss_scale.setter
+    def loss_scale(self, value: float) -> None:
+        if self.dtype == torch.float16:
+            self.optimizer.loss_scaler.cur_scale = value
 
     def gradient_norm(self) -> Tensor | float:
         """Global norm of the last step's gradient, before global clipping."""

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..kernels import masked_attention
 from .config import Config
 from .packing import Layout, pack_dense, unpack_dense
-from .randomness import split, uniform
+from .randomness import split
 from .recompute import run_block
+from .stochastic_depth import BranchesKept, add_branch, draw_kept
 from .views import Request, View, Views
 
 NAMED = {
@@ -100,14 +101,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
-    def forward(self, x: Tensor, layout: Layout, drop: Tensor | None = None) -> Tensor:
-        """[T, D] -> [T, D]. drop: [T, 2], what each residual branch is multiplied with (stochastic depth), or None."""
-        x = x + _scaled(self.attn(self.norm1(x), layout), drop, 0)
-        return x + _scaled(self.mlp(self.norm2(x)), drop, 1)
-
-
-def _scaled(branch: Tensor, drop: Tensor | None, which: int) -> Tensor:
-    return branch if drop is None else branch * drop[:, which, None]
+    def forward(self, x: Tensor, layout: Layout, kept: BranchesKept = (None, None)) -> Tensor:
+        """[T, D] -> [T, D]. kept: the sequences that each residual branch is computed for (stochastic depth)."""
+        x = add_branch(x, lambda part, of: self.attn(self.norm1(part), of), layout, kept[0])
+        return add_branch(x, lambda part, _: self.mlp(self.norm2(part)), layout, kept[1])
 
 
 class PatchEmbed(nn.Module):
@@ -178,15 +175,15 @@ class ImageEncoder(nn.Module):
         embedded = self.embed(views.global_crops[:crops]) if crops else views.global_crops
         sequences = {view: self._sequence(view, request[view], embedded, views) for view in names}
         names.sort(key=lambda view: -sequences[view].shape[2])
-        drop = self._stochastic_depth(views.drop_keys, {v: request[v] for v in names}, sequences)
         groups = [sequences[view].flatten(0, 1) for view in names]
-        tokens = self.encode(*pack_dense(groups), drop)
+        packed, layout = pack_dense(groups)
+        tokens = self.encode(packed, layout, self._stochastic_depth(views.drop_keys, names, request, layout))
         return {v: t.unflatten(0, (request[v], -1)) for v, t in zip(names, unpack_dense(tokens, groups), strict=True)}
 
-    def encode(self, tokens: Tensor, layout: Layout, drop: Tensor | None = None) -> Tensor:
-        """All blocks and the final norm: [T, D] -> [T, D]. drop: [depth, T, 2] or None."""
+    def encode(self, tokens: Tensor, layout: Layout, kept: list[BranchesKept] | None = None) -> Tensor:
+        """All blocks and the final norm: [T, D] -> [T, D]. kept: by block, for stochastic depth."""
         for i, block in enumerate(self.blocks):
-            tokens = run_block(block, i, self.checkpoint_every, tokens, layout, None if drop is None else drop[i])
+            tokens = run_block(block, i, self.checkpoint_every, tokens, layout, *([kept[i]] if kept else []))
         return self.norm(tokens)
 
     def features(self, images: Tensor) -> Tensor:
@@ -239,19 +236,16 @@ class ImageEncoder(nn.Module):
         grid = F.interpolate(grid, scale_factor=(factor, factor), mode="bicubic", recompute_scale_factor=False)
         return grid[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)
 
-    def _stochastic_depth(self, keys: Tensor, request: Request, sequences: dict[View, Tensor]) -> Tensor | None:
-        """Per block and token, what the two residual branches are multiplied with: [depth, T, 2] (Huang et al. 2016).
+    def _stochastic_depth(
+        self, keys: Tensor, names: list[View], request: Request, layout: Layout
+    ) -> list[BranchesKept] | None:
+        """What each block computes of the packed views `names`; None: everything. keys: int64 [B] on the host.
 
         A draw belongs to (sample, view, crop, block): it does not depend on how samples are spread over ranks.
         """
-        depth = len(self.blocks)
         if not (self.training and self.config.drop_path):
             return None
-        rate = torch.linspace(0, self.config.drop_path, depth, device=keys.device)[:, None, None]
-        scales = []
-        view_keys = dict(zip(View, split(keys, len(View)).unbind(-1), strict=True))
-        for view, count in request.items():
-            u = uniform(split(view_keys[view], count).T.flatten(), 2 * depth).unflatten(-1, (depth, 2))  # [n, depth, 2]
-            scale = (u.movedim(1, 0) >= rate) / (1 - rate)  # [depth, n, 2]
-            scales.append(scale.repeat_interleave(sequences[view].shape[2], dim=1))
-        return torch.cat(scales, 1).to(self.cls_token.dtype)
+        by_view = dict(zip(View, split(keys, len(View)).unbind(-1), strict=True))
+        sequences = torch.cat([split(by_view[view], request[view]).T.flatten() for view in names])
+        device = self.cls_token.device
+        return draw_kept(sequences, layout, self.config.drop_path, len(self.blocks), device)

@@ -292,7 +292,7 @@ class Views:
     caption_index: Tensor
     """int64 [W]: places of the true entries in the flattened caption_mask"""
     drop_keys: Tensor
-    """int64 [B]: random keys of stochastic depth"""
+    """int64 [B], on the host: random keys of stochastic depth"""
     masked_words: Tensor
     """float32 []: masked words of this rank's whole step, divided by its micro-batches"""
 
@@ -302,16 +302,16 @@ class Views:
         return self.tokens.shape[0]
 
     def to(self, device: torch.device) -> Views:
-        """A copy on `device` (lengths stay on the host)."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Views(**{n: t if n == "lengths" else t.to(device, non_blocking=True) for n, t in moved.items()})
+        """A copy on `device` (lengths and drop_keys stay on the host)."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        stay = ("lengths", "drop_keys")
+        return Views(**{n: t if n in stay else t.to(device, non_blocking=True) for n, t in parts.items()})
 
 
 def assemble(global_crops: Tensor, local_crops: Tensor, masks: Masks, masked_words: float | None = None) -> Views:
     """`Views` from crops and masks, with the index tensors derived.
 
-    global_crops: float32 [G, B, 3, H, W]; local_crops: float32 [N, B, 3, h, w]. masked_words: see `Views`; None: this
-    micro-batch is the whole step.
+    The crops are taken as they are (see `Views`). masked_words: see `Views`; None: this micro-batch is the whole step.
     """
     caption_index = masks.caption_mask.flatten().nonzero().squeeze(1)
     return Views(

@@ -1,9 +1,13 @@
 """Fixtures for all tests: small pictures and tars, a tiny configuration; hypothesis without deadlines."""
 
 import io
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each, before torch starts its own
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

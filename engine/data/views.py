@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+from functools import cache
+
 import torch
 
 from ...harmony.randomness import Purpose, sample_keys
@@ -41,12 +44,28 @@ class StepViews:
             raise IndexError(k)
         size = len(self._batch.index) // self._parts
         part = slice(k * size, (k + 1) * size)
-        crops = (self._batch.global_crops[part], self._batch.local_crops[part])
-        large, small = (c.to(self._device, non_blocking=True) for c in crops)
-        keys = self._keys[part]
-        return assemble(
-            self._augment(large, keys, "global").transpose(0, 1),
-            self._augment(small, keys, "local").transpose(0, 1),
-            self._masks.micro_batch(part),
-            self._masked_words,
-        ).to(self._device)
+        if self._device.type != "cuda":
+            return self._make(part)
+        side, current = _side_stream(self._device), torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(side):
+            views = self._make(part)
+        current.wait_stream(side)
+        for tensor in (getattr(views, field.name) for field in fields(views)):
+            if tensor.is_cuda:
+                tensor.record_stream(current)  # its memory is not given away before the step has read it
+        return views
+
+    def _make(self, part: slice) -> Views:
+        raw = (self._batch.global_crops[part], self._batch.local_crops[part])
+        views = assemble(*raw, self._masks.micro_batch(part), self._masked_words).to(self._device)
+        return replace(
+            views,
+            global_crops=self._augment(views.global_crops, self._keys[part], "global").transpose(0, 1),
+            local_crops=self._augment(views.local_crops, self._keys[part], "local").transpose(0, 1),
+        )
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where crops are copied and augmented while the GPU still computes the micro-batch before."""
+    return torch.cuda.Stream(device)

@@ -75,7 +75,7 @@ def train(config: RunConfig, ranks: Ranks, steps: int, save: bool = False) -> di
     saved = checkpoints.latest()
     done = checkpoints.load(saved, zero, ema) if saved else 0
     model.train()
-    losses, norms, before = [], [], Counter()
+    losses, norms, programs, before = [], [], [], Counter()
     for step in range(done, steps):
         clock = Clock(step, STEPS_PER_EPOCH, config.epochs)
         views = StepViews(config, samples(config, step, ranks), clock, parts=count_micro_batches(config, ranks))
@@ -86,12 +86,15 @@ def train(config: RunConfig, ranks: Ranks, steps: int, save: bool = False) -> di
             model.end_step(ranks)
         losses.append(float(ranks.sum(output.loss.detach().double())) / ranks.world_size)
         norms.append(float(zero.gradient_norm()))
+        programs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         messages, before = sent - before, sent.copy()
     if save:
         checkpoints.save(steps, zero, ema)
     shards = zero.partition.shards()
     held = {"masters": sum(s.master.nbytes for s in shards), "ema": sum(s.nbytes for s in ema.shards)}
     counts = {"bytes": held, "messages": dict(messages)}  # messages: of the last step
+    counts["programs"] = programs  # compiled by torch so far, after each step
+    counts["graph_breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
     return {"losses": losses, "norms": norms, "weights": consolidated_weights(zero, ema), **counts}
 
 

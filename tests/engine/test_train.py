@@ -145,6 +145,29 @@ def test_tasks_of_slurm_join_each_other(config: Path, undisturbed: Path, tmp_pat
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "-m"],
+    "deepspeed": ["deepspeed.launcher.launch", "--world_info", "eyJsb2NhbGhvc3QiOiBbMCwgMV19",  # {"localhost": [0, 1]}
+                  "--master_addr", "127.0.0.1", "--master_port", "29510", "--module"],
+}  # fmt: skip
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0, reason="the launchers' stores listen on all interfaces: needs a network namespace"
+)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_ranks_of_a_launcher_join_each_other(config: Path, undisturbed: Path, tmp_path: Path, launcher: str) -> None:
+    alone = ["unshare", "--net", "--", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    words = [sys.executable, "-m", *LAUNCHERS[launcher], "harmony_fast.engine.cli", "train", str(config)]
+    result = subprocess.run(
+        [*alone, *words, f"run_dir={tmp_path / 'run'}", "max_steps=2"],
+        env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "lo"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    for ours, theirs in zip(losses(tmp_path / "run"), losses(undisturbed)[:2], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
 @pytest.mark.parametrize(("hosts", "first"), [
     ("gpu7", "gpu7"), ("gpu[07-09,12]", "gpu07"), ("a1,b[2-3]", "a1"), ("n[3,5-6]-ib,m1", "n3-ib"),
 ])  # fmt: skip

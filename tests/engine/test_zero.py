@@ -1,9 +1,6 @@
 """Every layout of the engine trains, and the layouts that promise the same mathematics keep the promise."""
 
-import json
-import os
-import subprocess
-import sys
+import random
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,72 +12,9 @@ from harmony_fast.engine.errors import UserError
 from harmony_fast.engine.scaling import Sizes, held_bytes, messages
 from harmony_fast.engine.train import build_model
 from harmony_fast.engine.zero import deepspeed_config
-from tiny import tiny_config
+from steps import Settings, assert_same, config, run
 
 pytestmark = pytest.mark.timeout(1200)  # the first test trains all the layouts
-WORKER = Path(__file__).with_name("steps_worker.py")
-Settings = dict[str, tuple[dict[str, Any], int, bool]]
-"""By name: configuration, steps, whether to save a checkpoint"""
-
-
-def config(**over: Any) -> dict[str, Any]:
-    """The tiny configuration with dotted keys (as key__key) set."""
-    raw = tiny_config()
-    raw["data"]["batch_size"] = 8
-    raw["model"]["text"]["vocabulary"] = 64
-    raw["optimizer"] = {"lr": 0.03, "warmup_epochs": 0}
-    for key, value in over.items():
-        *path, last = key.split("__")
-        node = raw
-        for part in path:
-            node = node.setdefault(part, {})
-        node[last] = value
-    parse_config(raw, "the test")
-    return raw
-
-
-def run(folder: Path, ranks: int, settings: Settings) -> dict[str, dict[str, Any]]:
-    """The worker on some ranks under each setting; what rank 0 found."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.json").write_text(json.dumps(settings))
-    environment = {
-        **os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GLOO_SOCKET_IFNAME": "lo",
-        "HARMONY_FAST_STORE": str(folder / "store"), "OMP_NUM_THREADS": "1", "HARMONY_FAST_KERNELS": "torch",
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder / "settings.json"), str(folder)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        messages = [process.communicate(timeout=1100)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(m[-3000:] for m in messages)
-    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in settings}
-
-
-def assert_same(one: dict[str, Any], other: dict[str, Any], rtol: float = 1e-5) -> None:
-    """Losses agree, and weights relative to each tensor's norm.
-
-    The key part of attention biases has no gradient in exact arithmetic: what AdamW makes of the rounding there is
-    left out.
-    """
-    torch.testing.assert_close(torch.tensor(one["losses"]), torch.tensor(other["losses"]), rtol=rtol, atol=0)
-    assert one["weights"].keys() == other["weights"].keys()
-    for name, value in one["weights"].items():
-        difference = value - other["weights"][name]
-        if name.endswith(("attn.qkv.bias", "attn.in_proj_bias")):
-            difference.view(3, -1)[1] = 0
-        error = float(difference.norm() / value.norm().clamp(min=1e-6))
-        assert error < rtol, (name, error)
-
-
 LAYOUTS: dict[str, dict[str, Any]] = {
     "stage0": {"zero__stage": 0},
     "stage1": {"zero__stage": 1},
@@ -110,6 +44,33 @@ CLIPPED: dict[str, dict[str, Any]] = {
 """The same with clipping parameter by parameter"""
 
 
+def drawn(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A model with objectives and data sizes at random, and a layout at random that must compute the same."""
+    draw = random.Random(seed)
+    everything = config()["objectives"]
+    names = draw.sample(sorted(everything), draw.randint(1, 5))
+    heads = draw.choice((1, 2, 3))
+    model = {
+        "objectives": {name: everything[name] for name in names}, "seed": seed,
+        "model__image__width": 16 * heads, "model__image__heads": heads, "model__image__depth": draw.randint(1, 3),
+        "model__image__drop_path": draw.choice((0.0, 0.3)), "model__text__context": draw.randint(8, 20),
+        "views__local_crops": draw.randint(0, 3), "data__batch_size": draw.choice((4, 8, 12)),
+        "optimizer__clip_grad": draw.choice((0.0, 0.5, 3.0)),
+    }  # fmt: skip
+    stage = draw.choice((0, 1, 2, 3))
+    layout = {
+        "zero__stage": stage, "zero__offload_optimizer": bool(stage) and draw.random() < 0.3,
+        "data__micro_batch_size": draw.choice((None, 1, 2)), "pass": draw.choice(("packed", "split")),
+        "activation_checkpointing": {"image": draw.randint(0, 3), "text": draw.randint(0, 2)},
+    }  # fmt: skip
+    return model, layout
+
+
+DRAWN = {f"drawn{seed}": drawn(seed) for seed in range(10)}
+PLAIN = {f"{name}-plain": model for name, (model, _) in DRAWN.items()}
+LAID_OUT = {name: {**model, **layout} for name, (model, layout) in DRAWN.items()}
+
+
 def combinations() -> dict[str, dict[str, Any]]:
     """Every allowed combination of stage, offload and optimizer states, plain and with everything else on top."""
     found = {}
@@ -134,17 +95,18 @@ def settings_of(layouts: dict[str, dict[str, Any]], steps: int) -> Settings:
     return {name: (config(run_dir="none", **layout), steps, False) for name, layout in layouts.items()}
 
 
-RESUMED = {"stage1": 1, "stage2": 2, "stage3": 3}
-"""Runs that stop after two of five steps and go on with another number of ranks: name, ZeRO stage"""
+RESUMED = {"stage0": (0, 0), "stage1": (1, 1), "stage2": (2, 2), "stage3": (3, 3),
+           "0to2": (0, 2), "1to3": (1, 3), "3to0": (3, 0)}  # fmt: skip
+"""Runs that stop after two of five steps and go on with another number of ranks: name, ZeRO stage before and after"""
 
 
 def interrupted(folder: Path, steps: int, save: bool) -> Settings:
-    """The runs of RESUMED in folders of their own; one more begins in stage 1 and goes on in stage 3."""
-    stages = {**RESUMED, "1to3": 1 if save else 3}
-    return {
-        f"{'begun' if save else 'resumed'}-{name}": (config(run_dir=str(folder / name), zero__stage=stage), steps, save)
-        for name, stage in stages.items()
-    }
+    """The runs of RESUMED in folders of their own."""
+    settings: Settings = {}
+    for name, stages in RESUMED.items():
+        raw = config(run_dir=str(folder / name), zero__stage=stages[0 if save else 1])
+        settings[f"{'begun' if save else 'resumed'}-{name}"] = (raw, steps, save)
+    return settings
 
 
 @pytest.fixture(scope="module")
@@ -155,12 +117,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def one_rank(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
     begun = interrupted(folders["begun-by-one"], 2, True)
-    return run(folders["one"], 1, settings_of({**LAYOUTS, **CLIPPED}, 5) | begun)
+    return run(folders["one"], 1, settings_of({**LAYOUTS, **CLIPPED, **PLAIN}, 5) | begun)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(folders: dict[str, Path], one_rank: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    everything = settings_of({**LAYOUTS, **CLIPPED}, 5) | settings_of(combinations(), 2)
+    everything = settings_of({**LAYOUTS, **CLIPPED, **LAID_OUT}, 5) | settings_of(combinations(), 2)
     begun, resumed = interrupted(folders["begun-by-two"], 2, True), interrupted(folders["begun-by-one"], 5, False)
     return run(folders["two"], 2, everything | begun | resumed)
 
@@ -170,7 +132,7 @@ def one_rank_resumed(folders: dict[str, Path], two_ranks: dict[str, Any]) -> dic
     return run(folders["again"], 1, interrupted(folders["begun-by-two"], 5, False))
 
 
-@pytest.mark.parametrize("name", [*RESUMED, "1to3"])
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_run_goes_on_with_another_number_of_ranks_and_another_stage(
     one_rank: dict[str, Any], two_ranks: dict[str, Any], one_rank_resumed: dict[str, Any], name: str
 ) -> None:
@@ -185,6 +147,13 @@ def test_the_same_mathematics_whatever_the_layout(
 ) -> None:
     assert_same(one_rank["stage0"], one_rank[name])
     assert_same(one_rank["stage0"], two_ranks[name])
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_the_same_mathematics_of_models_and_layouts_at_random(
+    one_rank: dict[str, Any], two_ranks: dict[str, Any], name: str
+) -> None:
+    assert_same(one_rank[f"{name}-plain"], two_ranks[name])
 
 
 @pytest.mark.parametrize("name", CLIPPED)
@@ -244,6 +213,7 @@ def test_bytes_are_those_of_the_formulas(
         ({"zero__stage": 3, "optimizer__clip": "parameter"}, "stage 3 gives no access"),
         ({"zero__offload_optimizer": True, "optimizer__clip": "parameter"}, "cannot be used with"),
         ({"zero__stage": 0, "precision": "fp16"}, "loss scaling"),
+        ({"zero__stage": 3, "compile": True}, "compile needs zero.stage"),
     ],
 )
 def test_combinations_that_cannot_work_are_refused_with_the_reason(over: dict[str, Any], message: str) -> None:

@@ -8,7 +8,6 @@ import timm
 import torch
 from harmony_fast.harmony.image_encoder import ImageConfig, ImageEncoder, patchify, unpatchify
 from harmony_fast.harmony.packing import lay_out_captions, pack_dense, unpack_dense
-from harmony_fast.harmony.randomness import Purpose, sample_keys
 from harmony_fast.harmony.text_encoder import QuickGELU, TextConfig, TextEncoder
 from harmony_fast.harmony.views import View, Views, ViewsConfig, draw_views
 from hypothesis import given
@@ -105,16 +104,6 @@ def test_stochastic_depth_belongs_to_the_sample() -> None:
         torch.testing.assert_close(whole[view][:, 2:5], part[view])
     steady = encoder.eval()(views, request)
     assert not torch.allclose(steady[View.LOCAL], whole[View.LOCAL])
-
-
-def test_stochastic_depth_keeps_the_expectation() -> None:
-    encoder = ImageEncoder(IMAGE.model_copy(update={"drop_path": 0.4}), 32, None, masked=False).train()
-    keys = sample_keys(0, 0, torch.arange(4000), Purpose.DROP_PATH)
-    drop = encoder._stochastic_depth(keys, {View.LOCAL: 1}, {View.LOCAL: torch.zeros(1, 4000, 1, 32)})
-    assert drop.shape == (2, 4000, 2)
-    assert (drop[0] == 1).all()
-    assert abs((drop[1] == 0).float().mean() - 0.4) < 0.02
-    assert abs(drop[1].mean() - 1) < 0.04
 
 
 @given(st.lists(st.integers(2, 12), min_size=1, max_size=9), st.booleans())

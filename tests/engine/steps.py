@@ -1,0 +1,75 @@
+"""Training steps of a tiny model in processes of their own, under any settings, and comparing what comes out."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from harmony_fast.engine.config import parse_config
+from tiny import tiny_config
+
+WORKER = Path(__file__).with_name("steps_worker.py")
+Settings = dict[str, tuple[dict[str, Any], int, bool]]
+"""By name: configuration, steps, whether to save a checkpoint"""
+
+
+def config(**over: Any) -> dict[str, Any]:
+    """The tiny configuration with dotted keys (as key__key) set."""
+    raw = tiny_config()
+    raw["data"]["batch_size"] = 8
+    raw["model"]["text"]["vocabulary"] = 64
+    # eps: so that rounding in gradients near zero does not become whole steps of AdamW.
+    raw["optimizer"] = {"lr": 0.03, "warmup_epochs": 0, "eps": 1e-4}
+    for key, value in over.items():
+        *path, last = key.split("__")
+        node = raw
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    parse_config(raw, "the test")
+    return raw
+
+
+def run(folder: Path, ranks: int, settings: Settings) -> dict[str, dict[str, Any]]:
+    """The worker on some ranks under each setting; what rank 0 found."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.json").write_text(json.dumps(settings))
+    environment = {
+        **os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GLOO_SOCKET_IFNAME": "lo",
+        "HARMONY_FAST_STORE": str(folder / "store"), "OMP_NUM_THREADS": "1", "HARMONY_FAST_KERNELS": "torch",
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(folder / "settings.json"), str(folder)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        messages = [process.communicate(timeout=1100)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(m[-3000:] for m in messages)
+    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in settings}
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any], rtol: float = 1e-5) -> None:
+    """Losses agree, and weights relative to each tensor's norm.
+
+    The key part of attention biases has no gradient in exact arithmetic: what AdamW makes of the rounding there is
+    left out.
+    """
+    torch.testing.assert_close(torch.tensor(one["losses"]), torch.tensor(other["losses"]), rtol=rtol, atol=0)
+    assert one["weights"].keys() == other["weights"].keys()
+    for name, value in one["weights"].items():
+        difference = value - other["weights"][name]
+        if name.endswith(("attn.qkv.bias", "attn.in_proj_bias")):
+            difference.view(3, -1)[1] = 0
+        error = float(difference.norm() / value.norm().clamp(min=1e-6))
+        assert error < rtol, (name, error)
