@@ -18,6 +18,7 @@ from ..harmony.schedules import Clock, warmup_cosine
 from ..harmony.teacher import twins
 from .config import RunConfig
 from .distributed import Ranks
+from .errors import UserError
 from .half_on_cpu import products_for
 from .partition import PARTITIONS
 
@@ -53,6 +54,11 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     return (parameter.dim() != 1 or parameter.numel() == 1) and not name.endswith(".bias")
 
 
+BUCKET = 2**25
+"""Elements of a communication bucket, two of which are held: 128 MiB in bf16. DeepSpeed's default of 5e8 would take a
+gibibyte, even on one GPU"""
+
+
 def parameter_groups(model: Harmony) -> list[dict[str, Any]]:
     """Trainable parameters by (has a twin, is decayed, epochs frozen): each group is one flat buffer of its own.
 
@@ -71,7 +77,12 @@ def parameter_groups(model: Harmony) -> list[dict[str, Any]]:
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The DeepSpeed configuration a run implies, with the user's `deepspeed:` merged into it."""
-    zero: dict[str, Any] = {"stage": config.zero.stage}
+    zero: dict[str, Any] = {
+        "stage": config.zero.stage,
+        "overlap_comm": world_size > 1 and _may_overlap(config, world_size),
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+    }
     if config.zero.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if config.zero.offload_parameters:
@@ -90,7 +101,23 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "fp16": {"enabled": config.precision == "fp16", "initial_scale_power": 16},
         "steps_per_print": 2**31,
     }
-    return _merged(generated, config.deepspeed)
+    merged = _merged(generated, config.deepspeed)
+    if merged["zero_optimization"].get("overlap_comm") and not _may_overlap(config, world_size):
+        raise UserError(
+            "deepspeed.zero_optimization.overlap_comm: in zero.stage 1 DeepSpeed adds up wrong gradients with it where "
+            "a step has several backward passes (micro-batches, pass: split), and refuses it with offload; use stage 2"
+        )
+    return merged
+
+
+def _may_overlap(config: RunConfig, world_size: int) -> bool:
+    """Whether buckets may be reduced while the backward pass goes on.
+
+    In stage 1 DeepSpeed 0.19 does it in every backward pass of a step and so counts the first ones again.
+    """
+    size = config.data.batch_size // world_size
+    once = config.pass_mode == "packed" and config.data.micro_batch_size in (None, size)
+    return config.zero.stage > 1 or (once and not config.zero.offload_optimizer)
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

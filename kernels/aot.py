@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import hashlib
 import inspect
@@ -10,7 +9,6 @@ import io
 import re
 import subprocess
 import tempfile
-import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -106,7 +104,7 @@ def _sources(function: Any, seen: set[str]) -> Iterator[str]:
         return
     seen.add(name)
     yield inspect.getsource(function.fn)
-    names = {n.id for n in ast.walk(ast.parse(textwrap.dedent(function.src))) if isinstance(n, ast.Name)}
+    names = set(function.fn.__code__.co_names)  # globals, and attributes, which are no globals
     for used in sorted(names & set(function.fn.__globals__)):
         value = function.fn.__globals__[used]
         if isinstance(value, JITFunction):

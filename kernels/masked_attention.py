@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ._attention_layout import Layout, layout_of
 from .dispatch import choose
@@ -143,6 +144,25 @@ def _differentiate(ctx: torch.autograd.function.FunctionCtx, dout: Tensor, _: Te
 _forward_op.register_autograd(_differentiate, setup_context=_save)
 
 
+@register_flop_formula(torch.ops.harmony_fast.masked_attention, get_raw=True)
+def _forward_flops(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *rest: object, **_: object) -> int:
+    """Two products over all pairs of a query and a key it may see; for torch's FlopCounterMode."""
+    return 2 * 2 * q.shape[1] * q.shape[2] * _pairs(offsets, causal=bool(rest[2]))
+
+
+@register_flop_formula(torch.ops.harmony_fast.masked_attention_backward, get_raw=True)
+def _backward_flops(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, offsets: Tensor, *rest: object, **_: object
+) -> int:
+    """Five products: the scores again, and the gradients of scores, q, k and v."""
+    return 5 * 2 * q.shape[1] * q.shape[2] * _pairs(offsets, causal=bool(rest[2]))
+
+
+def _pairs(offsets: Tensor, causal: bool) -> int:
+    lengths = offsets.diff().long()
+    return int((lengths * (lengths + 1) // 2 if causal else lengths * lengths).sum())
+
+
 def _rows_contiguous(x: Tensor) -> Tensor:
     """x itself if its last dimension is contiguous: views into a fused projection are not copied."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -165,9 +185,14 @@ def _composed(
     for block, shape in _blocks(layout):
         qs, ks, vs = (x[block].unflatten(0, shape).transpose(1, 2) for x in (q, k, v))
         allowed, idle = _allowed(key_mask, block, shape, causal)
-        out = F.scaled_dot_product_attention(
-            qs, ks, vs, attn_mask=allowed, is_causal=causal and allowed is None, scale=scale
-        )
+        if q.is_meta:  # here PyTorch would compose attention of products; where it computes it has an operator
+            out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                qs, ks, vs, is_causal=causal and allowed is None, attn_mask=allowed, scale=scale
+            )[0]
+        else:
+            out = F.scaled_dot_product_attention(
+                qs, ks, vs, attn_mask=allowed, is_causal=causal and allowed is None, scale=scale
+            )
         if idle is not None:
             out = out.masked_fill(idle, 0)
         parts.append(out.transpose(1, 2).flatten(0, 1))

@@ -6,7 +6,7 @@ Letters in shapes: R rows, C columns, E width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def check_like(name: str, x: Tensor, partner_name: str, partner: Tensor, dtype: 
 
 def full_precision(x: Tensor) -> AbstractContextManager:
     """A region in which autocast does not lower the precision of products."""
-    return torch.autocast(x.device.type, enabled=False)
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # meta knows no autocast
 
 
 def wide(*tensors: Tensor | None) -> torch.dtype:

@@ -35,6 +35,12 @@ def config(**over: Any) -> dict[str, Any]:
 
 def run(folder: Path, ranks: int, settings: Settings) -> dict[str, dict[str, Any]]:
     """The worker on some ranks under each setting; what rank 0 found."""
+    start(WORKER, folder, ranks, settings)
+    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in settings}
+
+
+def start(worker: Path, folder: Path, ranks: int, settings: dict[str, Any]) -> None:
+    """`python WORKER SETTINGS.json FOLDER` on some ranks; all must end well."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.json").write_text(json.dumps(settings))
     environment = {
@@ -43,7 +49,7 @@ def run(folder: Path, ranks: int, settings: Settings) -> dict[str, dict[str, Any
     }  # fmt: skip
     processes = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder / "settings.json"), str(folder)],
+            [sys.executable, str(worker), str(folder / "settings.json"), str(folder)],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -56,11 +62,10 @@ def run(folder: Path, ranks: int, settings: Settings) -> dict[str, dict[str, Any
         for process in processes:
             process.kill()
     assert all(process.returncode == 0 for process in processes), "\n".join(m[-3000:] for m in messages)
-    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in settings}
 
 
-def assert_same(one: dict[str, Any], other: dict[str, Any], rtol: float = 1e-5) -> None:
-    """Losses agree, and weights relative to each tensor's norm.
+def assert_same(one: dict[str, Any], other: dict[str, Any], rtol: float = 1e-5, each: float | None = None) -> None:
+    """Losses agree, and weights relative to each tensor's norm (`each`, by default `rtol`).
 
     The key part of attention biases has no gradient in exact arithmetic: what AdamW makes of the rounding there is
     left out.
@@ -72,4 +77,4 @@ def assert_same(one: dict[str, Any], other: dict[str, Any], rtol: float = 1e-5) 
         if name.endswith(("attn.qkv.bias", "attn.in_proj_bias")):
             difference.view(3, -1)[1] = 0
         error = float(difference.norm() / value.norm().clamp(min=1e-6))
-        assert error < rtol, (name, error)
+        assert error < (each or rtol), (name, error)

@@ -153,7 +153,8 @@ def test_the_same_mathematics_whatever_the_layout(
 def test_the_same_mathematics_of_models_and_layouts_at_random(
     one_rank: dict[str, Any], two_ranks: dict[str, Any], name: str
 ) -> None:
-    assert_same(one_rank[f"{name}-plain"], two_ranks[name])
+    """Some are not clipped: biases that begin at 0 then carry the rounding of gradients that cancel."""
+    assert_same(one_rank[f"{name}-plain"], two_ranks[name], each=5e-5)
 
 
 @pytest.mark.parametrize("name", CLIPPED)
@@ -226,6 +227,17 @@ def test_the_users_deepspeed_settings_are_merged_into_the_generated_ones() -> No
         zero__stage=2, deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}, "wall_clock_breakdown": True}
     )
     generated = deepspeed_config(parse_config(raw, "the test"), 2)
-    assert generated["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+    zero = generated["zero_optimization"]
+    assert (zero["stage"], zero["reduce_bucket_size"], zero["overlap_comm"]) == (2, 1000, True)
     assert generated["wall_clock_breakdown"] is True
     assert generated["train_micro_batch_size_per_gpu"] == 4
+
+
+def test_overlapping_reductions_are_refused_where_deepspeed_gets_them_wrong() -> None:
+    overlap = {"zero_optimization": {"overlap_comm": True}}
+    for over in ({"pass": "split"}, {"data__micro_batch_size": 2}, {"zero__offload_optimizer": True}):
+        assert not deepspeed_config(parse_config(config(**over), "the test"), 2)["zero_optimization"]["overlap_comm"]
+        with pytest.raises(UserError, match="overlap_comm"):
+            deepspeed_config(parse_config(config(**over, deepspeed=overlap), "the test"), 2)
+    assert deepspeed_config(parse_config(config(), "the test"), 2)["zero_optimization"]["overlap_comm"]
+    assert not deepspeed_config(parse_config(config(), "the test"), 1)["zero_optimization"]["overlap_comm"]

@@ -1,0 +1,229 @@
+"""How much memory a rank of a run needs, part by part, before it starts, on any machine.
+
+What a rank holds for the whole run follows the formulas of `scaling.held_bytes`. What a step needs on top is found by
+going through it on the meta device: the real model, views, passes and losses, on tensors that have shapes but no
+contents. So the prediction follows every change of the model, of checkpointing and of the passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..harmony.model import Harmony
+from ..harmony.objectives import Collectives
+from ..harmony.schedules import Clock
+from ..kernels import dispatch
+from .accumulate import accumulate
+from .backends import DTYPES
+from .config import RunConfig
+from .data.batch import RawBatch
+from .data.views import StepViews
+from .live_bytes import GRADIENTS, LiveBytes
+from .scaling import Sizes, held_bytes
+from .train import build_model, count_micro_batches
+from .zero import deepspeed_config
+
+T = TypeVar("T")
+Device = Literal["cuda", "cpu"]
+VIEWS = "views"
+CAPTION_TOKENS = 16
+"""Tokens of a caption that the prediction assumes: CC3M's have 10.3 words on average (Sharma et al. 2018)"""
+CONTEXT = 600 * 2**20
+"""Bytes that CUDA, cuBLAS and the kernels' code take of a GPU; not measured yet"""
+SLACK = 0.04
+"""Share of the step's own bytes that the caching allocator cannot use; not measured yet"""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at its fullest moment."""
+
+    held: dict[str, float]
+    """For the whole run, by part"""
+    step: dict[str, float]
+    """On top of it while a step is computed, by part"""
+    host: dict[str, float]
+    """Offloaded to the host's memory, by part"""
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """What lies on the device."""
+        return {**self.held, **self.step}
+
+    @property
+    def total(self) -> float:
+        """Of the device."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What the forward and backward passes of a rank's step need, and do."""
+
+    sizes: Sizes
+    buffers: int
+    """Bytes of the model's buffers"""
+    peak: dict[str, float]
+    """Bytes by label at the fullest moment"""
+    flops: float
+    """Of products, recomputation included"""
+    written: float
+    """Bytes that operators write"""
+    calls: int
+    """Of operators"""
+    backward: int
+    """Backward passes"""
+
+
+def predict(config: RunConfig, ranks: int, device: Device = "cuda") -> Memory:
+    """What a rank of `ranks` will need. device: cuda counts what a GPU takes beside the tensors, too; cpu is what the
+    engine's tests measure."""
+    return memory_of(config, ranks, go_through(config, ranks, device), device)
+
+
+def memory_of(config: RunConfig, ranks: int, passes: Passes, device: Device = "cuda") -> Memory:
+    """What a rank holds in this configuration, and what passes that were gone through before take on top."""
+    stage, element = config.zero.stage, DTYPES[config.precision].itemsize
+    held = held_bytes(passes.sizes, stage, ranks, element, 2 if config.optimizer.states == "8bit" else 8)
+    del held["gradients"]  # which grow while activations go: they are in the step's part
+    if element == 4:
+        held["ema"] = 0.0  # the compute copy is the average itself
+    host = {name: held.pop(name) for name in ("masters", "moments", "ema") if config.zero.offload_optimizer}
+    if config.zero.offload_parameters:
+        host["parameters"] = held.pop("parameters")
+    held["buffers"] = passes.buffers
+    gradients = element * passes.sizes.trained
+    during = {**passes.peak, "buckets": buckets(config, ranks, element)}
+    if stage == 2 and passes.backward > 1:  # those of one pass are complete before they are added to the others
+        during[GRADIENTS] = during.get(GRADIENTS, 0.0) + gradients / ranks
+    if stage == 3:  # there is a place for all of them from the start
+        during[GRADIENTS] = gradients / ranks
+    moments = [during]
+    if stage == 0 and ranks > 1:  # all-reduced as one flat copy after the backward pass
+        moments.append({GRADIENTS: gradients, "buckets": gradients})
+    step = max(moments, key=lambda moment: sum(moment.values()))
+    if device == "cuda":
+        step["allocator"] = SLACK * sum(step.values())
+        held["CUDA"] = CONTEXT
+    return Memory(held, step, host)
+
+
+def buckets(config: RunConfig, ranks: int, element: int) -> float:
+    """Bytes of the buffers through which gradients are reduced while the backward pass goes on; none in stage 0.
+
+    In stages 1 and 2 there are two, if one is sent while the other is filled.
+    """
+    if config.zero.stage == 0:
+        return 0.0
+    zero = deepspeed_config(config, ranks)["zero_optimization"]
+    return element * zero["reduce_bucket_size"] * (2 if zero["overlap_comm"] and config.zero.stage < 3 else 1)
+
+
+def go_through(config: RunConfig, ranks: int, device: Device = "cuda") -> Passes:
+    """The passes of one step on the meta device. device: whose kernels it would use."""
+    imagined = _Ranks(ranks)
+    with torch.device("meta"):
+        model = build_model(config.model_copy(update={"compile": False}))
+    sizes = Sizes(
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+        sum(p.numel() for p in model.teacher.parameters()),
+    )
+    model = model.to(DTYPES[config.precision]).train()
+    clock = Clock(0, 10, config.epochs)
+    samples, parts = imagined_samples(config, ranks), count_micro_batches(config, imagined)
+    views = StepViews(config, samples, clock, "meta", parts)
+    live = LiveBytes("meta", 1 / ranks if config.zero.stage >= 2 else 1.0)
+    _name_parts(live, model)
+    with _kernels_of(device), live:
+        zero = _Imagined(model, live)
+        accumulate(zero, _Labelled(views, live), clock, imagined, config.pass_mode == "split")
+    buffers = sum(b.nbytes for b in model.buffers())
+    peak = {label: size for label, size in live.at_peak.items() if size}
+    raw = samples.global_crops.nbytes + samples.local_crops.nbytes
+    if device == "cuda":  # made on a stream of their own: its memory is no one else's, and the next ones are made ahead
+        peak[VIEWS] = (live.most[VIEWS] + raw / parts) * min(parts, 2)
+    else:
+        peak[VIEWS] += raw
+    return Passes(sizes, buffers, peak, live.flops, live.written, live.calls, zero.passes)
+
+
+def _name_parts(live: LiveBytes, model: Harmony) -> None:
+    """Which module's tensors go under which label."""
+    live.watch(model)
+    for tower in ("image", "text"):
+        for branch, label in ((model.student, f"{tower} activations"), (model.teacher, "teacher features")):
+            if getattr(branch, tower) is not None:
+                live.label_calls(getattr(branch, tower), label)
+    for objective in model.objectives.values():
+        live.label_calls(objective, "heads and losses")
+
+
+def imagined_samples(config: RunConfig, ranks: int) -> RawBatch:
+    """A rank's samples without contents; captions of `CAPTION_TOKENS` tokens."""
+    own, v, text = config.data.batch_size // ranks, config.views, config.model.text
+    tokens = torch.zeros(own, text.context, dtype=torch.int64)
+    tokens[:, : min(CAPTION_TOKENS, text.context)] = 1
+    tokens[:, min(CAPTION_TOKENS, text.context) - 1] = text.vocabulary - 1
+    crops = (
+        torch.empty(own, count, side, side, 3, dtype=torch.uint8, device="meta")
+        for count, side in ((v.global_crops, v.global_size), (v.local_crops, v.local_size))
+    )
+    return RawBatch(*crops, tokens, torch.arange(own))
+
+
+class _Ranks(Collectives):
+    """Ranks that are not there: gathering repeats what this one has."""
+
+    def __init__(self, world_size: int) -> None:
+        self.rank, self.world_size = 0, world_size
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x if self.world_size == 1 else torch.cat([x] * self.world_size)
+
+
+class _Imagined:
+    """In the place of `Zero`: the passes without DeepSpeed."""
+
+    loss_scale = 1.0
+
+    def __init__(self, model: Harmony, live: LiveBytes) -> None:
+        self.model, self._live, self.passes = model, live, 0
+
+    def forward(self, call: Callable[[Harmony], T]) -> T:
+        return call(self.model)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.passes += 1
+        with self._live.label("backward pass"):
+            loss.backward()
+
+
+class _Labelled:
+    """The views of a step, made under a label of their own."""
+
+    def __init__(self, views: StepViews, live: LiveBytes) -> None:
+        self._views, self._live = views, live
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def __getitem__(self, k: int) -> Any:
+        with self._live.label(VIEWS):
+            return self._views[k]
+
+
+@contextmanager
+def _kernels_of(device: str) -> Iterator[None]:
+    """Operators keep what they would keep on this device."""
+    before = dict(dispatch._preferred)
+    dispatch.prefer(dict.fromkeys(dispatch.OPERATIONS, "torch" if device == "cpu" else "triton"))
+    try:
+        yield
+    finally:
+        dispatch.prefer({**dict.fromkeys(dispatch.OPERATIONS, "auto"), **before})

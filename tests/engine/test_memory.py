@@ -1,0 +1,56 @@
+"""The predicted peak of memory against counted bytes, on one and two ranks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harmony_fast.engine.config import parse_config
+from harmony_fast.engine.memory import predict
+from steps import config, start
+
+pytestmark = pytest.mark.timeout(900)
+WORKER = Path(__file__).with_name("memory_worker.py")
+SMALL_BUCKETS = {"zero_optimization": {"reduce_bucket_size": 60000, "allgather_bucket_size": 60000}}
+WIDE = {"model__image__width": 64, "model__image__heads": 4, "model__image__depth": 4, "model__text__width": 64}
+SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
+    "plain": (1, {}),
+    "stage0": (1, {"zero__stage": 0}),
+    "bf16": (1, {"precision": "bf16"}),
+    "batch16": (1, {"data__batch_size": 16}),
+    "wide": (1, WIDE),
+    "wide-recomputed": (1, {**WIDE, "activation_checkpointing": {"image": 1, "text": 1}}),
+    "recomputed2": (1, {"activation_checkpointing": {"image": 2, "text": 0}, "precision": "bf16"}),
+    "split": (1, {"pass": "split"}),
+    "micro": (1, {"data__batch_size": 16, "data__micro_batch_size": 4}),
+    "split-micro": (1, {"pass": "split", "data__micro_batch_size": 4, "zero__stage": 2}),
+    "8bit": (1, {**WIDE, "optimizer__states": "8bit"}),
+    "clip": (1, {"objectives": {"contrastive": {"embed_dim": 16}}}),
+    "two-stage0": (2, {"zero__stage": 0, "data__batch_size": 16}),
+    "two-stage1": (2, {"zero__stage": 1, "data__batch_size": 16}),
+    "two-stage2": (2, {"zero__stage": 2, "data__batch_size": 16, "precision": "bf16"}),
+    "two-stage2-wide": (2, {**WIDE, "zero__stage": 2, "data__batch_size": 16, "data__micro_batch_size": 4}),
+    "two-stage3": (2, {"zero__stage": 3, "data__batch_size": 16}),
+}
+"""Ranks, and what differs from the tiny configuration"""
+
+
+def of(name: str) -> dict[str, Any]:
+    return config(run_dir="none", deepspeed=SMALL_BUCKETS, **SETTINGS[name][1])
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    peaks = {}
+    for ranks in (1, 2):
+        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+        names = [name for name, (count, _) in SETTINGS.items() if count == ranks]
+        start(WORKER, folder, ranks, {name: of(name) for name in names})
+        peaks |= {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
+    return peaks
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_predicted_peak_is_within_5_percent_of_the_counted(measured: dict[str, float], name: str) -> None:
+    memory = predict(parse_config(of(name), name), SETTINGS[name][0], "cpu")
+    assert memory.total == pytest.approx(measured[name], rel=0.05), memory.parts
