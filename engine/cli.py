@@ -105,6 +105,24 @@ def train(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="A YAML file, e.g. configs/cc3m.yaml.")],
+    overrides: Overrides = None,
+    memory: Annotated[str, typer.Option(help="Memory of a card, e.g. 24GiB.")] = "24GiB",
+    gpus: Annotated[int, typer.Option(min=1, help="How many cards.")] = 1,
+    host_memory: Annotated[
+        str | None, typer.Option(help="Host memory for all of them; default: this machine's.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the plans into this PNG.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print plain data.")] = False,
+) -> None:
+    """The fastest settings that fit in so much memory, and where it goes. Nothing is run."""
+    from .plan_report import run
+
+    run(config, overrides or [], memory, gpus, host_memory, picture, as_json)
+
+
+@app.command()
 def evaluate(
     run: Run,
     tasks: Annotated[

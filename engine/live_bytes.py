@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ..kernels import flops as _flops  # noqa: F401 - registers our operators
+
 GRADIENTS = "gradients"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,12 +18,12 @@ from torch import Tensor
 from ..harmony.model import Harmony
 from ..harmony.objectives import Collectives
 from ..harmony.schedules import Clock
+from ..harmony.views import Views, assemble, draw_masks
 from ..kernels import dispatch
 from .accumulate import accumulate
 from .backends import DTYPES
 from .config import RunConfig
 from .data.batch import RawBatch
-from .data.views import StepViews
 from .live_bytes import GRADIENTS, LiveBytes
 from .scaling import Sizes, held_bytes
 from .train import build_model, count_micro_batches
@@ -31,7 +31,7 @@ from .zero import deepspeed_config
 
 T = TypeVar("T")
 Device = Literal["cuda", "cpu"]
-VIEWS = "views"
+VIEWS, TAUGHT = "views", "teacher features"
 CAPTION_TOKENS = 16
 """Tokens of a caption that the prediction assumes: CC3M's have 10.3 words on average (Sharma et al. 2018)"""
 CONTEXT = 600 * 2**20
@@ -137,17 +137,19 @@ def go_through(config: RunConfig, ranks: int, device: Device = "cuda") -> Passes
     model = model.to(DTYPES[config.precision]).train()
     clock = Clock(0, 10, config.epochs)
     samples, parts = imagined_samples(config, ranks), count_micro_batches(config, imagined)
-    views = StepViews(config, samples, clock, "meta", parts)
     live = LiveBytes("meta", 1 / ranks if config.zero.stage >= 2 else 1.0)
     _name_parts(live, model)
     with _kernels_of(device), live:
         zero = _Imagined(model, live)
-        accumulate(zero, _Labelled(views, live), clock, imagined, config.pass_mode == "split")
+        views = _ImaginedViews(config, samples, parts, live)
+        accumulate(zero, views, clock, imagined, config.pass_mode == "split")
     buffers = sum(b.nbytes for b in model.buffers())
     peak = {label: size for label, size in live.at_peak.items() if size}
     raw = samples.global_crops.nbytes + samples.local_crops.nbytes
-    if device == "cuda":  # made on a stream of their own: its memory is no one else's, and the next ones are made ahead
-        peak[VIEWS] = (live.most[VIEWS] + raw / parts) * min(parts, 2)
+    if device == "cuda":
+        # Made on a stream of their own, whose memory is no one else's, from raw crops and with a copy for the colour
+        # jitter; and the next ones are made ahead.
+        peak[VIEWS] = (2 * live.most[VIEWS] / min(parts, 2) + raw / parts) * min(parts, 2)
     else:
         peak[VIEWS] += raw
     return Passes(sizes, buffers, peak, live.flops, live.written, live.calls, zero.passes)
@@ -157,7 +159,7 @@ def _name_parts(live: LiveBytes, model: Harmony) -> None:
     """Which module's tensors go under which label."""
     live.watch(model)
     for tower in ("image", "text"):
-        for branch, label in ((model.student, f"{tower} activations"), (model.teacher, "teacher features")):
+        for branch, label in ((model.student, f"{tower} activations"), (model.teacher, TAUGHT)):
             if getattr(branch, tower) is not None:
                 live.label_calls(getattr(branch, tower), label)
     for objective in model.objectives.values():
@@ -204,18 +206,29 @@ class _Imagined:
             loss.backward()
 
 
-class _Labelled:
-    """The views of a step, made under a label of their own."""
+class _ImaginedViews:
+    """In the place of `StepViews`: the same shapes, nothing augmented."""
 
-    def __init__(self, views: StepViews, live: LiveBytes) -> None:
-        self._views, self._live = views, live
+    def __init__(self, config: RunConfig, samples: RawBatch, parts: int, live: LiveBytes) -> None:
+        self._config, self._parts, self._live = config, parts, live
+        self._size = len(samples.index) // parts
+        self._masks = draw_masks(
+            config.views, config.model.image.patch_size, samples.tokens, samples.index, config.seed, 0,
+            config.views.pixel_mask_ratio,
+        )  # fmt: skip
 
     def __len__(self) -> int:
-        return len(self._views)
+        return self._parts
 
-    def __getitem__(self, k: int) -> Any:
+    def __getitem__(self, k: int) -> Views:
+        v = self._config.views
         with self._live.label(VIEWS):
-            return self._views[k]
+            crops = (
+                torch.empty(count, self._size, 3, side, side, device="meta")
+                for count, side in ((v.global_crops, v.global_size), (v.local_crops, v.local_size))
+            )
+            masks = self._masks.micro_batch(slice(k * self._size, (k + 1) * self._size))
+            return assemble(*crops, masks).to(torch.device("meta"))
 
 
 @contextmanager

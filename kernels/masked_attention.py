@@ -12,7 +12,6 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ._attention_layout import Layout, layout_of
 from .dispatch import choose
@@ -142,25 +141,6 @@ def _differentiate(ctx: torch.autograd.function.FunctionCtx, dout: Tensor, _: Te
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)
-
-
-@register_flop_formula(torch.ops.harmony_fast.masked_attention, get_raw=True)
-def _forward_flops(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *rest: object, **_: object) -> int:
-    """Two products over all pairs of a query and a key it may see; for torch's FlopCounterMode."""
-    return 2 * 2 * q.shape[1] * q.shape[2] * _pairs(offsets, causal=bool(rest[2]))
-
-
-@register_flop_formula(torch.ops.harmony_fast.masked_attention_backward, get_raw=True)
-def _backward_flops(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, offsets: Tensor, *rest: object, **_: object
-) -> int:
-    """Five products: the scores again, and the gradients of scores, q, k and v."""
-    return 5 * 2 * q.shape[1] * q.shape[2] * _pairs(offsets, causal=bool(rest[2]))
-
-
-def _pairs(offsets: Tensor, causal: bool) -> int:
-    lengths = offsets.diff().long()
-    return int((lengths * (lengths + 1) // 2 if causal else lengths * lengths).sum())
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:

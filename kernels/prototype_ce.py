@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .dispatch import choose
 from .products import ONE_PIECE, check_like, check_matrix, check_vector, full_precision, spans, wide
@@ -105,12 +104,6 @@ def _(
     dtype = wide(student, teacher)
     shapes = (student.shape, student_weight.shape) if gradients else ((0,), (0,))
     return student.new_empty((), dtype=dtype), *(student.new_empty(s, dtype=dtype) for s in shapes)
-
-
-@register_flop_formula(torch.ops.harmony_fast.prototype_loss)
-def _flops(student: torch.Size, student_weight: torch.Size, *_: object, **__: object) -> int:
-    """The products that must be: both sides' logits, and two for the gradients; for torch's FlopCounterMode."""
-    return 4 * 2 * student[0] * student_weight[0] * student_weight[1]
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -1,0 +1,274 @@
+"""The fastest setting that fits: micro-batch, passes, checkpointing, ZeRO stage, optimizer states, offload.
+
+The global batch and the mathematics stay. Every setting is estimated from a few passes that were gone through on the
+meta device (`memory`); the best ones are then gone through exactly, and only those that fit are named.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from typing import Any, NamedTuple
+
+from .config import RunConfig, parse_config
+from .errors import UserError
+from .live_bytes import GRADIENTS
+from .memory import TAUGHT, Memory, Passes, go_through, memory_of
+from .rates import Rates
+from .scaling import sent_bytes
+
+QUANTISED_MUST_GAIN = 1.03
+"""8-bit optimizer states are named before exact ones only where they are faster by this factor"""
+ESTIMATED = 1.03
+"""Settings that are estimated to exceed the budget by less than this are gone through, too"""
+
+
+class Shape(NamedTuple):
+    """How a rank's samples go through the model."""
+
+    passes: str
+    image: int
+    """Every how many blocks of the image tower are computed again"""
+    text: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Dotted keys."""
+        return {"pass": self.passes, "activation_checkpointing.image": self.image,
+                "activation_checkpointing.text": self.text}  # fmt: skip
+
+
+SHAPES = [Shape("packed", 0, 0), Shape("packed", 3, 0), Shape("packed", 2, 0), Shape("packed", 1, 0),
+          Shape("packed", 1, 1), Shape("split", 0, 0), Shape("split", 1, 1)]  # fmt: skip
+
+
+class Sampled(NamedTuple):
+    """Passes of one shape that were gone through."""
+
+    micro: int
+    one: Passes
+    """One micro-batch of `micro` samples"""
+    double: Passes
+    """One of twice as many"""
+    pair: Passes
+    """Two of `micro`"""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a rank may use, bytes."""
+
+    device: float
+    host: float
+
+    def fits(self, memory: Memory, doubt: float = 1.0) -> bool:
+        """Whether both sides are within `doubt` times the budget."""
+        return memory.total <= doubt * self.device and sum(memory.host.values()) <= doubt * self.host
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A setting with what it needs."""
+
+    settings: dict[str, Any]
+    """Dotted keys of the configuration"""
+    memory: Memory
+    seconds: dict[str, float]
+    """Of an optimizer step, by part"""
+    batch: int
+
+    @property
+    def samples_per_second(self) -> float:
+        """Of all ranks."""
+        return self.batch / sum(self.seconds.values())
+
+    @property
+    def overrides(self) -> list[str]:
+        """`key=value`, as the command line takes them."""
+        return [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in self.settings.items()]
+
+    @property
+    def cost(self) -> float:
+        """Seconds, with what quantisation must gain."""
+        quantised = self.settings["optimizer.states"] == "8bit"
+        return sum(self.seconds.values()) * (QUANTISED_MUST_GAIN if quantised else 1.0)
+
+
+class Planner:
+    """Plans for one configuration on some ranks; the passes are gone through once, for any number of budgets."""
+
+    def __init__(
+        self, config: RunConfig, ranks: int, rates: Rates, report: Callable[[int, int], None] = lambda done, of: None
+    ) -> None:
+        """report: told how many of the passes are done. Raises UserError if the ranks cannot share the batch."""
+        if config.data.batch_size % ranks:
+            raise UserError(f"data.batch_size {config.data.batch_size} cannot be divided among {ranks} ranks")
+        self.config, self.ranks, self.rates, self._report = config, ranks, rates, report
+        self._own = config.data.batch_size // ranks
+
+    def search(self, budget: Budget, count: int = 4) -> list[Plan]:
+        """The fastest plans that fit, best first.
+
+        Raises UserError if nothing fits: what the smallest setting needs, and which part of it is the largest.
+        """
+        found: list[Plan] = []
+        for plan in self._estimates:
+            if budget.fits(plan.memory, ESTIMATED) and not any(_alike(plan, other) for other in found):
+                exact = self.examine(plan.settings)
+                found += [exact] if budget.fits(exact.memory) else []
+            if len(found) == count:
+                break
+        if not found:
+            few = sorted(self._estimates, key=lambda plan: plan.memory.total)[:3]
+            smallest = min((self.examine(plan.settings) for plan in few), key=lambda plan: plan.memory.total)
+            raise UserError(_nothing_fits(smallest, budget))
+        return sorted(found, key=lambda plan: plan.cost)
+
+    def examine(self, settings: dict[str, Any]) -> Plan:
+        """One setting, its passes gone through exactly; of many micro-batches, two."""
+        micro = settings["data.micro_batch_size"]
+        parts = self._own // micro
+        gone = min(parts, 2)
+        passes = go_through(self._with({**settings, "data.batch_size": gone * micro * self.ranks}), self.ranks)
+        return self._plan(settings, _many(passes, gone, parts))
+
+    @cached_property
+    def _estimates(self) -> list[Plan]:
+        """Every allowed setting, the fastest first."""
+        plans = []
+        for shape, micro in product(SHAPES, _divisors(self._own)):
+            expected = _expected(self._sampled[shape], micro, self._own // micro)
+            for layout in _layouts(self.ranks):
+                settings = {"data.micro_batch_size": micro, **shape.settings, **layout}
+                share = self.ranks if layout["zero.stage"] >= 2 else 1
+                peak = {**expected.peak, GRADIENTS: expected.peak.get(GRADIENTS, 0.0) / share}
+                try:
+                    plans.append(self._plan(settings, replace(expected, peak=peak)))
+                except UserError:
+                    continue  # a combination that the engine refuses
+        return sorted(plans, key=lambda plan: plan.cost)
+
+    @cached_property
+    def _sampled(self) -> dict[Shape, Sampled]:
+        """Each shape at two sizes of the micro-batch, and with two micro-batches."""
+        micro = max(d for d in _divisors(self._own) if d <= max(8, self._own // 64))
+        sampled, done = {}, 0
+        for shape in SHAPES:
+            passes = []
+            for size, parts in ((micro, 1), (2 * micro, 1), (micro, 2)):
+                sizes = {"data.batch_size": size * parts * self.ranks, "data.micro_batch_size": size}
+                settings = {**shape.settings, **sizes, "zero.stage": 1, "zero.offload_parameters": False}
+                passes.append(go_through(self._with(settings), self.ranks))
+                done += 1
+                self._report(done, 3 * len(SHAPES))
+            sampled[shape] = Sampled(micro, *passes)
+        return sampled
+
+    def _with(self, settings: dict[str, Any]) -> RunConfig:
+        raw = self.config.model_dump(mode="json", by_alias=True)
+        for key, value in settings.items():
+            *path, last = key.split(".")
+            node = raw
+            for part in path:
+                node = node[part]
+            node[last] = value
+        return parse_config(raw, "plan")
+
+    def _plan(self, settings: dict[str, Any], passes: Passes) -> Plan:
+        chosen = self._with(settings)
+        time = seconds(chosen, self.ranks, passes, self.rates)
+        return Plan(settings, memory_of(chosen, self.ranks, passes), time, self.config.data.batch_size)
+
+
+def seconds(config: RunConfig, ranks: int, passes: Passes, rates: Rates) -> dict[str, float]:
+    """Of an optimizer step, by part.
+
+    compute: products at the rate of products, and what operators write, read twice and written once, at the memory's;
+    not less than the time it takes to launch them. communication: what `scaling.sent_bytes` says, of which half of the
+    compute hides some, but three quarters at most. optimizer: AdamW and the EMA move eight fp32 numbers a parameter of
+    this rank's share, in the device's memory or in the host's. transfer: gradients to the host and weights back.
+    """
+    element, stage = 4 if config.precision == "fp32" else 2, config.zero.stage
+    products = rates.flops if element == 2 or config.tf32 else rates.flops / 8
+    compute = max(passes.flops / products + 3 * passes.written / rates.memory, passes.calls * rates.launch)
+    sent = sent_bytes(passes.sizes, stage, ranks, element) / rates.link if ranks > 1 else 0.0
+    share = passes.sizes.trained / (ranks if stage else 1)
+    host = config.zero.offload_optimizer
+    moved = 2 * element * share if host else 0.0
+    if config.zero.offload_parameters:
+        moved += 3 * element * (passes.sizes.trained + passes.sizes.twins) / ranks
+    return {
+        "compute": compute,
+        "communication": max(sent - compute / 2, sent / 4),
+        "optimizer": 32 * share / (rates.host_memory if host else rates.memory),
+        "transfer": moved / rates.host_link,
+    }
+
+
+def _layouts(ranks: int) -> Iterator[dict[str, Any]]:
+    """ZeRO stages, optimizer states and offload that make sense on so many ranks."""
+    for stage, states, host in product((1, 2, 3) if ranks > 1 else (1,), ("fp32", "8bit"), (False, True)):
+        yield {"zero.stage": stage, "optimizer.states": states, "zero.offload_optimizer": host,
+               "zero.offload_parameters": False}  # fmt: skip
+    yield {"zero.stage": 3, "optimizer.states": "fp32", "zero.offload_optimizer": True, "zero.offload_parameters": True}
+
+
+def _expected(known: Sampled, micro: int, parts: int) -> Passes:
+    """Along the line through two sizes; several micro-batches differ from one as two did."""
+    t = micro / known.micro - 1
+
+    def line(a: float, b: float) -> float:
+        return max(a + (b - a) * t, 0.0)
+
+    one, double, pair = known.one, known.double, known.pair
+    peak = {k: line(one.peak.get(k, 0.0), double.peak.get(k, 0.0)) for k in one.peak.keys() | double.peak.keys()}
+    single = replace(one, peak=peak, flops=line(one.flops, double.flops), written=line(one.written, double.written))
+    if parts == 1:
+        return single
+    peak = {k: size * pair.peak.get(k, 0.0) / one.peak[k] for k, size in peak.items() if one.peak.get(k)}
+    peak[GRADIENTS] = pair.peak.get(GRADIENTS, 0.0)
+    both = replace(
+        pair, peak=peak, flops=single.flops * pair.flops / one.flops,
+        written=single.written * pair.written / one.written,
+    )  # fmt: skip
+    return _many(both, 2, parts)
+
+
+def _many(passes: Passes, gone: int, parts: int) -> Passes:
+    """Passes of `gone` micro-batches as those of `parts`: as much at a time, but for what the teacher made of each,
+    which is kept."""
+    ratio = parts / gone
+    if ratio == 1:
+        return passes
+    peak = {**passes.peak, TAUGHT: passes.peak.get(TAUGHT, 0.0) * ratio}
+    return replace(
+        passes, peak=peak, flops=passes.flops * ratio, written=passes.written * ratio, calls=round(passes.calls * ratio)
+    )
+
+
+def _alike(one: Plan, other: Plan) -> bool:
+    """Whether two plans differ only in stage or states."""
+    same = ("data.micro_batch_size", "pass", "activation_checkpointing.image", "zero.offload_optimizer")
+    return all(one.settings[key] == other.settings[key] for key in same)
+
+
+def _nothing_fits(smallest: Plan, budget: Budget) -> str:
+    part, size = max(smallest.memory.parts.items(), key=lambda item: item[1])
+    host = sum(smallest.memory.host.values())
+    needs = f"{_gib_above(smallest.memory.total)} GiB"
+    needs += f" and {_gib_above(host)} GiB of host memory a rank" if host else ""
+    return (
+        f"nothing fits in {budget.device / 2**30:.2f} GiB: the smallest setting needs {needs}, the largest part of it "
+        f"{part} with {size / 2**30:.2f} GiB ({' '.join(smallest.overrides)})"
+    )
+
+
+def _gib_above(size: float) -> float:
+    return math.ceil(size / 2**30 * 100) / 100
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

@@ -1,0 +1,42 @@
+"""How fast a machine computes and moves bytes: what a plan's seconds are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Per second, of one rank."""
+
+    name: str
+    flops: float
+    """Of bf16 matrix products, as the towers reach it"""
+    memory: float
+    """Bytes to or from the device's memory"""
+    link: float
+    """Bytes to other ranks"""
+    host_link: float = 12e9
+    """Bytes between device and host"""
+    host_memory: float = 20e9
+    """Bytes to or from the host's memory, in the optimizer's step"""
+    launch: float = 6e-6
+    """Seconds that the host needs to start an operator"""
+
+
+SHARE_REACHED = 0.55
+"""Of the rates in data sheets, what large products reach"""
+
+SHEETS = [
+    Rates("a card like the RTX 3090", 71e12, 936e9, 8e9),
+    Rates("a card like the RTX A6000", 155e12, 768e9, 8e9),
+    Rates("a card like the A100", 312e12, 2039e9, 200e9),
+    Rates("a card like the H200", 989e12, 4800e9, 350e9),
+]
+"""Dense bf16 products with fp32 sums and memory bandwidth as the makers' data sheets have them, by size of memory"""
+
+
+def rates_for(memory: float) -> Rates:
+    """Rates to expect of a card with so many bytes: only their ratios matter for which plan is best."""
+    sheet = SHEETS[sum(memory > 2**30 * size for size in (24, 48, 80))]
+    return Rates(f"{sheet.name}, by its data sheet", SHARE_REACHED * sheet.flops, 0.8 * sheet.memory, sheet.link)
