@@ -157,6 +157,7 @@ def prepare_run_folder(config: RunConfig, ranks: Ranks) -> None:
                 f"{config.run_dir} holds a run of another configuration (differs in: {', '.join(changed)}); "
                 "choose another run_dir, or delete this one"
             )
+    generated = json.dumps(deepspeed_config(config, ranks.world_size), indent=1)
     ranks.barrier()
     if ranks.is_main:
         try:
@@ -164,7 +165,6 @@ def prepare_run_folder(config: RunConfig, ranks: Ranks) -> None:
             temporary = path.with_suffix(".tmp")
             temporary.write_text(dump_config(config), encoding="utf-8")
             temporary.replace(path)
-            generated = json.dumps(deepspeed_config(config, ranks.world_size), indent=1)
             (config.run_dir / "deepspeed.json").write_text(generated, encoding="utf-8")
         except OSError as error:
             raise UserError(f"run_dir {config.run_dir}: cannot be written: {error.strerror}") from None
