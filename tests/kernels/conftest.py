@@ -5,11 +5,17 @@ every other test of the process. `harmony_fast.kernels.interpreter` reads it at 
 imported Triton or the kernels first. Tests of compiled kernels start a process of their own (see test_aot.py).
 """
 
+import importlib
+
 import pytest
 import torch
+from harmony_fast.bench import aot
 from harmony_fast.kernels import interpreter
 
 interpreter.install()
+# Decorated here, before the variable is set: whatever order the files run in, test_aot.py can compile the kernels.
+for _module in aot.MODULES:
+    importlib.import_module(f"harmony_fast.kernels.{_module}")
 
 
 @pytest.fixture(autouse=True, scope="module")

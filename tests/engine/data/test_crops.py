@@ -90,6 +90,15 @@ def test_shrinking_averages_the_area_a_pixel_covers() -> None:
     assert np.abs(out - expected).max() <= 1
 
 
+@given(st.integers(1, 300), st.integers(0, 3000))
+@settings(max_examples=300, deadline=None)
+def test_every_output_pixel_is_a_mean_of_source_pixels(size: int, more: int) -> None:
+    first, count, share = crops._covered(size + more, size)
+    assert (first >= 0).all() and (count >= 1).all() and (first + count <= size + more).all()
+    assert (count <= share.shape[1]).all() and (share >= 0).all()
+    np.testing.assert_allclose(share.sum(1), 1, rtol=1e-4)
+
+
 def test_edges_do_not_leak_from_outside_the_box() -> None:
     image = np.zeros((50, 50, 3), np.uint8)
     image[10:30, 10:30] = 200
