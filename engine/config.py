@@ -197,8 +197,8 @@ class RunConfig(MethodConfig):
     tf32: bool = True
     """On GPUs with `precision: fp32`: products with TensorFloat-32's ten bits of fraction, several times faster."""
     compile: bool = False
-    """torch.compile for the transformer blocks: the first steps take a minute longer, all others less; not in ZeRO
-    stage 3."""
+    """torch.compile for the transformer blocks, meant for GPUs: it fuses what lies between the products. The first step
+    takes a minute or so longer. Not in ZeRO stage 3."""
     pass_mode: Literal["packed", "split"] = Field("packed", alias="pass")
     """packed: one student pass for all objectives; split: one for each group of objectives that share no view, each
     with its own backward pass, so that less is held at a time. The gradients are the same."""

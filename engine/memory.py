@@ -7,8 +7,7 @@ contents. So the prediction follows every change of the model, of checkpointing 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -104,10 +103,10 @@ def memory_of(config: RunConfig, ranks: int, passes: Passes, device: Device = "c
         during[GRADIENTS] = during.get(GRADIENTS, 0.0) + gradients / ranks
     if stage == 3:  # there is a place for all of them from the start
         during[GRADIENTS] = gradients / ranks
-    moments = [during]
+    phases = [during]
     if stage == 0 and ranks > 1:  # all-reduced as one flat copy after the backward pass
-        moments.append({GRADIENTS: gradients, "buckets": gradients})
-    step = max(moments, key=lambda moment: sum(moment.values()))
+        phases.append({GRADIENTS: gradients, "buckets": gradients})
+    step = max(phases, key=lambda phase: sum(phase.values()))
     if device == "cuda":
         step["allocator"] = SLACK * sum(step.values())
         held["CUDA"] = CONTEXT
@@ -139,7 +138,8 @@ def go_through(config: RunConfig, ranks: int, device: Device = "cuda") -> Passes
     samples, parts = imagined_samples(config, ranks), count_micro_batches(config, imagined)
     live = LiveBytes("meta", 1 / ranks if config.zero.stage >= 2 else 1.0)
     _name_parts(live, model)
-    with _kernels_of(device), live:
+    # What operators keep differs between backends; on the meta device "auto" is what a GPU would take.
+    with dispatch.preferring("torch" if device == "cpu" else "auto"), live:
         zero = _Imagined(model, live)
         views = _ImaginedViews(config, samples, parts, live)
         accumulate(zero, views, clock, imagined, config.pass_mode == "split")
@@ -229,14 +229,3 @@ class _ImaginedViews:
             )
             masks = self._masks.micro_batch(slice(k * self._size, (k + 1) * self._size))
             return assemble(*crops, masks).to(torch.device("meta"))
-
-
-@contextmanager
-def _kernels_of(device: str) -> Iterator[None]:
-    """Operators keep what they would keep on this device."""
-    before = dict(dispatch._preferred)
-    dispatch.prefer(dict.fromkeys(dispatch.OPERATIONS, "torch" if device == "cpu" else "triton"))
-    try:
-        yield
-    finally:
-        dispatch.prefer({**dict.fromkeys(dispatch.OPERATIONS, "auto"), **before})

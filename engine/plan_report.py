@@ -21,8 +21,6 @@ from .rates import Rates, rates_for
 
 COLOURS = ["#1f6f8b", "#5ba0b5", "#99c5d1", "#d9a441", "#c8743f", "#8f4a3d", "#7d8471", "#b3b79a", "#54616b", "#a9b4bd"]
 GIB = 2**30
-
-
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 

@@ -25,7 +25,8 @@ class Rates:
 
 
 SHARE_REACHED = 0.55
-"""Of the rates in data sheets, what large products reach"""
+"""Of the products in data sheets, what training is taken to reach. This, the links, and the host's rates and launch
+times are assumptions, not measurements"""
 
 SHEETS = [
     Rates("a card like the RTX 3090", 71e12, 936e9, 8e9),

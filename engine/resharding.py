@@ -53,7 +53,12 @@ def _replica(checkpoint: Path, zero: Zero) -> ReadMoment:
     saved = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)["optimizer"]
     states = saved.get("optimizer_state_dict", saved)["state"]
     place = {name: i for i, name in enumerate(zero.order)}
-    return lambda name, moment: states[place[name]][moment]
+
+    def read(name: str, moment: str) -> Tensor:
+        """0 for a parameter that never had a gradient."""
+        return states[place[name]][moment] if place[name] in states else torch.zeros(zero.shapes[name])
+
+    return read
 
 
 def _step_like(optimizer: torch.optim.Optimizer, step: int) -> Tensor | int:

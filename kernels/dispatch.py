@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -44,6 +46,18 @@ def prefer(backends: dict[str, str]) -> None:
         if backend != "auto" and backend not in OPERATIONS[operation]:
             raise ValueError(f"kernels.{operation}: '{backend}' is none of auto, {', '.join(OPERATIONS[operation])}")
     _preferred.update(backends)
+
+
+@contextmanager
+def preferring(backend: str) -> Iterator[None]:
+    """`prefer` one backend for every operation that has it, for a while."""
+    before = dict(_preferred)
+    _preferred.update({o: backend for o, backends in OPERATIONS.items() if backend in ("auto", *backends)})
+    try:
+        yield
+    finally:
+        _preferred.clear()
+        _preferred.update(before)
 
 
 def choose(operation: str, x: Tensor, unsupported: dict[str, str] | None = None) -> Choice:

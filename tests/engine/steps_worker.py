@@ -93,6 +93,7 @@ def train(config: RunConfig, ranks: Ranks, steps: int, save: bool = False) -> di
     shards = zero.partition.shards()
     held = {"masters": sum(s.master.nbytes for s in shards), "ema": sum(s.nbytes for s in ema.shards)}
     counts = {"bytes": held, "messages": dict(messages)}  # messages: of the last step
+    counts["loss_scale"] = zero.loss_scale
     counts["programs"] = programs  # compiled by torch so far, after each step
     counts["graph_breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
     return {"losses": losses, "norms": norms, "weights": consolidated_weights(zero, ema), **counts}

@@ -106,6 +106,9 @@ def interrupted(folder: Path, steps: int, save: bool) -> Settings:
     for name, stages in RESUMED.items():
         raw = config(run_dir=str(folder / name), zero__stage=stages[0 if save else 1])
         settings[f"{'begun' if save else 'resumed'}-{name}"] = (raw, steps, save)
+    scale = {"deepspeed": {"fp16": {"initial_scale_power": 4}}} if save else {}
+    raw = config(run_dir=str(folder / "fp16"), zero__stage=1 if save else 2, precision="fp16", **scale)
+    settings[f"{'begun' if save else 'resumed'}-fp16"] = (raw, steps, save)
     return settings
 
 
@@ -139,6 +142,13 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_another_stage(
     undisturbed = {**one_rank["stage1"], "losses": one_rank["stage1"]["losses"][2:]}
     assert_same(undisturbed, two_ranks[f"resumed-{name}"])
     assert_same(undisturbed, one_rank_resumed[f"resumed-{name}"])
+
+
+def test_fp16_goes_on_with_its_loss_scale(
+    one_rank: dict[str, Any], two_ranks: dict[str, Any], one_rank_resumed: dict[str, Any]
+) -> None:
+    assert one_rank["begun-fp16"]["loss_scale"] == two_ranks["begun-fp16"]["loss_scale"] == 2**4
+    assert two_ranks["resumed-fp16"]["loss_scale"] == one_rank_resumed["resumed-fp16"]["loss_scale"] == 2**4
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
