@@ -1,11 +1,11 @@
 # Two commands do everything: `make demo` and `make test`. Set-up happens by itself, once.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test test-faults lint clean
 
 RUN := .venv/bin/harmony-fast
 
 help:  ## What there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup:  ## Make .venv (done by the others when needed)
 	@scripts/setup.sh
@@ -18,6 +18,9 @@ demo: setup  ## Train all five objectives on the demo data, evaluate, write runs
 
 test: setup  ## Run the tests
 	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+test-faults: setup  ## Interrupt, damage and starve runs, and count what is lost
+	.venv/bin/python -m pytest tests/faults -m '' --numprocesses auto --maxprocesses 2 --dist loadfile
 
 lint: setup  ## Check the style
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt '.[lint]'

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
+from ..engine.build import build_model
 from ..engine.config import load_config
 from ..engine.scaling import Sizes, held_bytes, sent_bytes
-from ..engine.train import build_model
 
 TOWERS = {
     **{name: [f"model.image={{name: {name}}}"] for name in ("ViT-S/16", "ViT-B/16", "ViT-L/16")},

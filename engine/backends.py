@@ -11,6 +11,16 @@ from .errors import UserError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def settle_precision(config: RunConfig, bf16: bool) -> RunConfig:
+    """`precision: auto` as what it comes to. bf16: whether the device is a GPU that has it."""
+    return config.model_copy(update={"precision": "bf16" if bf16 else "fp32"}) if config.precision == "auto" else config
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device is a GPU that multiplies in bf16."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def use_backends(config: RunConfig, device: torch.device) -> dict[str, dispatch.Choice]:
     """Prefer the configuration's backends from now on; the choices for this device, by operation.
 

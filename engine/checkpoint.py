@@ -1,7 +1,7 @@
-"""Checkpoints: complete or invisible. DeepSpeed's files, the EMA shards, and the weights in one safetensors file.
+"""What a checkpoint of a run holds, saved beside training: DeepSpeed's files, the EMA shards, the weights by name.
 
-checkpoints/latest                    the name of the newest complete checkpoint
-checkpoints/step-00000200/            DeepSpeed's files, ema-rank-*.pt, progress.json, weights.safetensors
+step-00000200/  DeepSpeed's files, ema-rank-*.pt, progress.json, weights.safetensors (the whole model in fp32), and the
+manifest that makes it a checkpoint (see `checkpoint_folder`).
 
 A checkpoint whose progress.json has `"ranks": null` holds weights only: training starts from them on any number of
 ranks, with a fresh optimizer.
@@ -10,9 +10,13 @@ ranks, with a fresh optimizer.
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
+from threading import Thread
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..harmony.model import Harmony
+from .checkpoint_folder import CheckpointFolder, Manifest, describe, sync, write_synced
 from .config import RunConfig, load_config
 from .distributed import Ranks
 from .ema import ShardedEma
@@ -27,95 +32,158 @@ from .errors import UserError
 from .resharding import take_moments
 from .zero import Zero
 
-WEIGHTS = "weights.safetensors"
+WEIGHTS, PROGRESS = "weights.safetensors", "progress.json"
+PATIENCE = 600.0
+"""Seconds that the main rank waits for the other ranks' files once its own are written"""
 
 
 class Checkpoints:
-    """The checkpoint folder of a run."""
+    """The checkpoints of a run: copied while training stands still, written and published while it goes on.
 
-    def __init__(self, run_dir: Path, ranks: Ranks, keep: int) -> None:
-        self.folder = run_dir / "checkpoints"
-        self._ranks, self._keep = ranks, keep
+    A save that fails leaves the run and the checkpoints before it as they were; `problem` says what happened.
+    """
 
-    def save(self, step: int, zero: Zero, ema: ShardedEma) -> Path:
-        """Write everything into a temporary folder, rename it, then point `latest` at it. All ranks must call."""
-        name = f"step-{step:08d}"
-        temporary, final = self.folder / f".{name}.incomplete", self.folder / name
+    def __init__(self, run_dir: Path, ranks: Ranks, keep: int, keep_every: int | None = None) -> None:
+        self.folder, self.problem = CheckpointFolder(run_dir), ""
+        self.seconds = 0.0
+        """That the longest save took, from its start to its end"""
+        self._ranks, self._keep, self._keep_every = ranks, keep, keep_every
+        self._writer: Thread | None = None
+
+    def save(self, step: int, zero: Zero, ema: ShardedEma, state: dict[str, Any] | None = None) -> None:
+        """Start to save. All ranks must call. state: plain data to be found in `load`'s answer."""
+        self.wait()
+        begun = time.monotonic()
+        self.problem = self._attempt(lambda: self.folder.begin(step)) if self._ranks.is_main else ""
+        if self._ranks.any(bool(self.problem)):
+            return
+        files = self._files(step, zero, ema, state or {})
+        self._writer = Thread(target=self._write, args=(step, files, begun), name="harmony-fast-checkpoint")
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Until the save under way has ended, on all ranks. All must call."""
+        if self._writer:
+            self._writer.join()
+            self._writer = None
+        self._ranks.barrier()
+
+    def take_problem(self) -> str:
+        """What went wrong since this was last asked, in words, or nothing."""
+        problem, self.problem = self.problem, ""
+        return problem
+
+    def latest(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that is whole, and what is wrong with newer ones. All ranks must call.
+
+        Raises UserError if there are checkpoints and none is whole.
+        """
+        found: Any = None
         if self._ranks.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        self._ranks.barrier()
-        zero.engine.save_checkpoint(
-            str(self.folder), tag=temporary.name, save_latest=False, client_state={"step": step}
-        )
-        torch.save(ema.shards, temporary / f"ema-rank-{self._ranks.rank}.pt")
-        weights = consolidated_weights(zero, ema)
-        self._ranks.barrier()
-        if self._ranks.is_main:
-            save_file(weights, temporary / WEIGHTS, {"step": str(step)})
-            progress = {
-                "step": step, "ranks": self._ranks.world_size, "stage": zero.config.zero.stage,
-                "adam_steps": zero.step_counts(), "loss_scale": zero.loss_scale,
-            }  # fmt: skip
-            (temporary / "progress.json").write_text(json.dumps(progress))
-            self._publish(temporary, final)
-        self._ranks.barrier()
-        return final
+            try:
+                found = self.folder.newest()
+            except UserError as error:
+                found = error
+        found = self._ranks.agree(found)
+        if isinstance(found, UserError):
+            raise found
+        return found
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint."""
-        pointer = self.folder / "latest"
-        if not pointer.is_file():
-            return None
-        found = self.folder / pointer.read_text().strip()
-        return found if (found / "progress.json").is_file() else None
-
-    def load(self, path: Path, zero: Zero, ema: ShardedEma) -> int:
-        """Restore a checkpoint, of any number of ranks and any ZeRO stage; returns the optimizer steps done.
+    def load(self, path: Path, zero: Zero, ema: ShardedEma) -> dict[str, Any]:
+        """Restore a checkpoint, of any number of ranks and any ZeRO stage; returns its `progress.json`, which has the
+        optimizer steps done under "step".
 
         Raises UserError if its optimizer states cannot be cut for these ranks (8-bit states).
         """
-        progress = json.loads((path / "progress.json").read_text())
+        progress = json.loads((path / PROGRESS).read_text())
         if progress["ranks"] is None:
             start_from(load_file(path / WEIGHTS), zero, ema)
-            return progress["step"]
+            return progress
         stage, ranks = zero.config.zero.stage, self._ranks
         replicated = progress["stage"] == stage == 0  # then every rank's files say the same
         if not replicated and (progress["ranks"], progress["stage"]) != (ranks.world_size, stage):
             start_from(load_file(path / WEIGHTS), zero, ema)
             take_moments(path, progress["stage"], progress["adam_steps"], zero, ranks)
             zero.loss_scale = progress["loss_scale"]
-            return progress["step"]
-        zero.engine.load_checkpoint(str(self.folder), tag=path.name)
-        file = path / f"ema-rank-{ranks.rank % progress['ranks']}.pt"
-        ema.load(torch.load(file, map_location=ranks.device, weights_only=True))
-        return progress["step"]
+            return progress
+        try:
+            zero.engine.load_checkpoint(str(path.parent), tag=path.name)
+            file = path / f"ema-rank-{ranks.rank % progress['ranks']}.pt"
+            ema.load(torch.load(file, map_location=ranks.device, weights_only=True))
+        except UnpicklingError as error:  # the files are what the manifest says, but not what this program writes
+            raise UserError(f"{path}: holds what no checkpoint does: {str(error).splitlines()[-1][:200]}") from None
+        return progress
 
-    def _publish(self, temporary: Path, final: Path) -> None:
-        """Sync, rename, point `latest` at it, drop old ones."""
-        for file in temporary.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        pointer = self.folder / "latest.tmp"
-        pointer.write_text(final.name)
-        pointer.replace(self.folder / "latest")
-        complete = sorted(p for p in self.folder.glob("step-*") if p.is_dir())
-        for old in complete[: -self._keep]:
-            shutil.rmtree(old)
+    def _files(self, step: int, zero: Zero, ema: ShardedEma, state: dict[str, Any]) -> dict[Path, Callable]:
+        """By path, what writes each file of this rank, from copies in host memory."""
+        temporary = self.folder.temporary(step)
+        files = zero.snapshot(temporary, {f"ema-rank-{self._ranks.rank}.pt": ema.shards})
+        weights = consolidated_weights(zero, ema)
+        if self._ranks.is_main:
+            progress = {
+                **state, "step": step, "ranks": self._ranks.world_size, "stage": zero.config.zero.stage,
+                "adam_steps": zero.step_counts(), "loss_scale": zero.loss_scale,
+            }  # fmt: skip
+            files[temporary / WEIGHTS] = lambda path: save_file(weights, path, {"step": str(step)})
+            files[temporary / PROGRESS] = lambda path: path.write_text(json.dumps(progress))
+        return files
+
+    def _write(self, step: int, files: dict[Path, Callable], begun: float) -> None:
+        """In a thread of its own: this rank's files; on the main rank then the checkpoint of all."""
+        temporary = self.folder.temporary(step)
+        self.problem = self._attempt(lambda: _write_all(files, temporary / f"part-{self._ranks.rank}.json"))
+        if self.problem:
+            self._attempt((temporary / f"failed-{self._ranks.rank}").touch)
+        elif self._ranks.is_main:
+            self.problem = self._attempt(lambda: self._publish(step))
+        self.seconds = max(self.seconds, time.monotonic() - begun)
+
+    def _publish(self, step: int) -> None:
+        temporary = self.folder.temporary(step)
+        parts = [temporary / f"part-{rank}.json" for rank in range(self._ranks.world_size)]
+        end = time.monotonic() + PATIENCE
+        while not all(part.is_file() for part in parts):
+            failed = [p.name for p in temporary.glob("failed-*")]
+            if failed or time.monotonic() > end:
+                raise OSError(f"rank {failed[0].split('-')[1] if failed else 'unknown'} has not written its part")
+            time.sleep(0.02)
+        manifest: Manifest = {}
+        for part in parts:
+            manifest |= json.loads(part.read_text())
+            part.unlink()
+        self.folder.publish(step, manifest)
+        self.folder.prune(self._keep, self._keep_every)
+
+    def _attempt(self, work: Callable[[], object]) -> str:
+        """Do it; what went wrong in words, or nothing."""
+        try:
+            work()
+            return ""
+        except Exception as error:  # whatever it is must not harm the run
+            return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _write_all(files: dict[Path, Callable], part: Path) -> None:
+    """Write and sync the files, then their entries in the manifest."""
+    entries = {}
+    for path, write in files.items():
+        write(path)
+        sync(path)
+        entries[path.name] = describe(path)
+    temporary = part.with_suffix(".tmp")
+    write_synced(temporary, json.dumps(entries).encode())
+    temporary.rename(part)
 
 
 def write_weights_only(run_dir: Path, step: int, weights: dict[str, Tensor]) -> Path:
     """A checkpoint of weights alone, under the model's state names, for a run that counts `step` steps as done."""
-    folder = run_dir / "checkpoints"
-    temporary, final = folder / f".step-{step:08d}.incomplete", folder / f"step-{step:08d}"
-    temporary.mkdir(parents=True)
+    folder = CheckpointFolder(run_dir)
+    temporary = folder.begin(step)
     save_file(weights, temporary / WEIGHTS, {"step": str(step)})
-    (temporary / "progress.json").write_text(json.dumps({"step": step, "ranks": None}))
-    temporary.rename(final)
-    (folder / "latest").write_text(final.name)
-    return final
+    (temporary / PROGRESS).write_text(json.dumps({"step": step, "ranks": None}))
+    for file in temporary.iterdir():
+        sync(file)
+    return folder.publish(step, {file.name: describe(file) for file in temporary.iterdir()})
 
 
 @torch.no_grad()
@@ -151,10 +219,12 @@ def load_run(run_dir: Path, device: torch.device | str = "cpu") -> tuple[RunConf
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir}: not a run folder (no config.yaml)")
     config = load_config(run_dir / "config.yaml")
-    pointer = run_dir / "checkpoints" / "latest"
-    if not pointer.is_file():
+    found, problems = CheckpointFolder(run_dir).newest([WEIGHTS])
+    if found is None:
         raise UserError(f"{run_dir}: no checkpoint yet")
-    path = run_dir / "checkpoints" / pointer.read_text().strip() / WEIGHTS
+    for problem in problems:
+        print(f"warning: {problem}; using {found.name}", file=sys.stderr)
+    path = found / WEIGHTS
     model = Harmony(config)
     try:
         model.load_state_dict(load_file(path))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import UserError
+from .errors import StartAgain, UserError
 from .host_memory import keep_pages
 
 app = typer.Typer(
@@ -81,6 +81,9 @@ def train(
     overrides: Overrides = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Local processes.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="The same, where there are GPUs.")] = None,
+    max_time: Annotated[
+        str | None, typer.Option(help="Save and stop in time for so much time to have passed: 23:50:00.")
+    ] = None,
 ) -> None:
     """Train; goes on by itself where the run folder has a checkpoint."""
     keep_pages()
@@ -89,7 +92,8 @@ def train(
 
     if ranks and gpus and ranks != gpus:
         raise UserError("--ranks and --gpus say the same thing; give one")
-    resolved = load_config(config, overrides or [])
+    overrides = [*(overrides or []), *([f'max_time="{max_time}"'] if max_time else [])]
+    resolved = load_config(config, overrides)
     count = ranks or gpus or 1
     if resolved.data.batch_size % count:
         raise UserError(f"data.batch_size {resolved.data.batch_size} cannot be divided among {count} ranks")
@@ -98,7 +102,7 @@ def train(
         leave()
     ensure_data(resolved)
     if count > 1:
-        launch(count, ["train", str(config), *(overrides or [])])
+        launch(count, ["train", str(config), *overrides])
     else:
         train_here(resolved)
         leave()
@@ -113,13 +117,29 @@ def plan(
     host_memory: Annotated[
         str | None, typer.Option(help="Host memory for all of them; default: this machine's.")
     ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="A key that stays as the configuration has it; may be given repeatedly.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Take this machine's rates, and run three steps of the best plan here.")
+    ] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw the plans into this PNG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print plain data.")] = False,
 ) -> None:
-    """The fastest settings that fit in so much memory, and where it goes. Nothing is run."""
+    """The fastest settings that fit in so much memory, and where it goes; without --measure nothing is run."""
     from .plan_report import run
 
-    run(config, overrides or [], memory, gpus, host_memory, picture, as_json)
+    run(config, overrides or [], memory, gpus, host_memory, keep or [], measure, picture, as_json)
+
+
+@app.command(hidden=True)
+def measure(out: Path, config: Annotated[Path | None, typer.Argument()] = None) -> None:
+    """What `plan --measure` starts: rates of this machine, or what a configuration's steps take, as JSON."""
+    from .distributed import leave
+    from .measure import answer
+
+    answer(out, config)
+    leave()
 
 
 @app.command()
@@ -210,9 +230,16 @@ def ensure_data(config: Any) -> None:
 
 
 def _guarded(function: Any, *arguments: Any) -> None:
-    """Call; a UserError becomes one line and exit status 1."""
+    """Call; a UserError becomes one line and exit status 1, StartAgain another start."""
     try:
         function(*arguments)
+    except StartAgain as reason:
+        from .distributed import started_by_launcher
+
+        print(f"warning: {reason}", file=sys.stderr, flush=True)
+        if started_by_launcher():
+            os._exit(StartAgain.STATUS)
+        os.execv(sys.executable, [sys.executable, "-m", "harmony_fast.engine.cli", *sys.argv[1:]])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # Not sys.exit: threads of the loader and exit handlers of libraries must not keep a failed run alive.

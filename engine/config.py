@@ -25,6 +25,8 @@ from ..harmony.config import Config, Fraction
 from ..harmony.model import MethodConfig
 from .data.augment import AugmentConfig
 from .errors import UserError
+from .sizes import size_of
+from .stopping import seconds_of
 
 # What `reference_compat: true` sets where the configuration says nothing: the authors' code, not its intention.
 REFERENCE_COMPAT = {
@@ -192,8 +194,27 @@ class RunConfig(MethodConfig):
     """Steps between two checkpoints; there is one at the end as well."""
     keep_checkpoints: PositiveInt = 2
     """How many of the newest checkpoints stay."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of forward and backward passes; optimizer and EMA are fp32 always."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of steps that this divides stay for ever."""
+    max_time: str | PositiveInt | None = None
+    """Save and stop in time for this much time to have passed: 23:50:00, 1-12:00:00 (days-hours:...); or seconds."""
+    max_skipped_steps: int = Field(5, ge=0)
+    """Steps in a row that are left out because their gradient is not finite; one more, and `on_divergence` comes."""
+    on_divergence: Literal["stop", "rollback"] = "stop"
+    """stop: end the run; rollback: go back to the last checkpoint and go on with the data in another order."""
+    max_rollbacks: PositiveInt = 3
+    """In all of the run."""
+    watchdog: NonNegativeFloat = 10.0
+    """A step that takes so many times the median is taken to hang: every rank's stacks are written to the run folder,
+    and the run ends. 0: it never is."""
+    watchdog_seconds: PositiveFloat = 300.0
+    """It may take that long at any rate; the first step 15 times that."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of forward and backward passes; optimizer and EMA are fp32 always. auto: bf16 on GPUs that have it, else fp32.
+    fp16 overflows sooner or later on millions of web images: its loss scaling then skips steps."""
+    memory: str | None = None
+    """auto: the fastest settings that fit the memory found, as `harmony-fast plan` chooses them, in place of those of
+    micro-batch, passes, checkpointing, ZeRO stage, optimizer states and offload; or as if there were so much: 20GiB."""
     tf32: bool = True
     """On GPUs with `precision: fp32`: products with TensorFloat-32's ten bits of fraction, several times faster."""
     compile: bool = False
@@ -227,6 +248,26 @@ class RunConfig(MethodConfig):
                     node = node.get(part) if isinstance(node, dict) else None  # an objective that is off stays off
                 if isinstance(node, dict):
                     node.setdefault(last, value)
+        return given
+
+    @field_validator("max_time")
+    @classmethod
+    def _max_time_is_a_time(cls, given: str | int | None) -> str | int | None:
+        if given is not None:
+            try:
+                seconds_of(given, "max_time")
+            except UserError as error:
+                raise ValueError(str(error)) from None
+        return given
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _memory_has_a_unit(cls, given: Any) -> Any:
+        if given not in (None, "auto"):
+            try:
+                size_of(str(given), "memory")
+            except UserError as error:
+                raise ValueError(str(error)) from None
         return given
 
     @model_validator(mode="after")
@@ -276,7 +317,7 @@ def load_config(path: Path, overrides: list[str] = []) -> RunConfig:  # noqa: B0
 
 def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
     """A copy with `a.b=value` settings applied and checked. Raises UserError."""
-    raw = config.model_dump(mode="json", by_alias=True)
+    raw = plain(config)
     for override in overrides:
         apply_override(raw, override)
     return parse_config(raw, "settings")
@@ -293,12 +334,17 @@ def parse_config(raw: dict[str, Any], origin: str) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
+    return yaml.safe_dump(plain(config), sort_keys=False)
+
+
+def plain(config: RunConfig) -> dict[str, Any]:
+    """The configuration as `parse_config` takes it."""
+    return config.model_dump(mode="json", by_alias=True)
 
 
 def differences(one: RunConfig, other: RunConfig) -> list[str]:
     """Keys (dotted) whose values differ."""
-    left, right = _flat(one.model_dump(mode="json", by_alias=True)), _flat(other.model_dump(mode="json", by_alias=True))
+    left, right = dotted(plain(one)), dotted(plain(other))
     return [key for key in left | right if left.get(key) != right.get(key)]
 
 
@@ -390,9 +436,9 @@ def _members(annotation: Any) -> list[Any]:
     return list(typing.get_args(annotation)) if union else [annotation]
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings to dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+        flat.update(dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat

@@ -10,15 +10,20 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..harmony.objectives import Collectives
-from .errors import UserError
+from .errors import StartAgain, UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing import RunProcsResult
 
 STORE = "HARMONY_FAST_STORE"
+T = TypeVar("T")
 
 
 class Ranks(Collectives):
@@ -52,9 +57,21 @@ class Ranks(Collectives):
         """Whether the flag is set on any rank."""
         if self.world_size == 1:
             return flag
-        value = torch.tensor(int(flag))
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._host)
-        return bool(value)
+        return bool(self.most(torch.tensor(int(flag))))
+
+    def most(self, values: Tensor) -> Tensor:
+        """Of each number on the host the largest of all ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._host)
+        return values
+
+    def agree(self, value: T) -> T:
+        """The main rank's value, on all ranks."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._host)
+        return box[0]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -125,15 +142,28 @@ def first_host(hosts: str) -> str:
 
 
 def launch(ranks: int, arguments: list[str]) -> None:
-    """Run `harmony-fast ARGUMENTS` in `ranks` local processes; if one fails, end all of them.
+    """Run `harmony-fast ARGUMENTS` in `ranks` local processes; if one fails, end all of them; start again if one asks.
 
     The ranks meet in a file and talk over the loopback device. SIGTERM and SIGINT are passed on, so that ranks can
     save. Raises UserError if a rank failed (it has printed why).
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
-
     if torch.cuda.is_available() and ranks > torch.cuda.device_count():
         raise UserError(f"{ranks} GPUs asked for, {torch.cuda.device_count()} found")
+    while True:
+        result = _run_ranks(ranks, arguments)
+        if result is not None and not result.is_failed():
+            return
+        first = min(result.failures.values(), key=lambda f: f.timestamp) if result else None
+        status = first.exitcode if first else "unknown"
+        if status != StartAgain.STATUS:
+            which = f"rank {first.local_rank}" if first else "a rank"
+            raise UserError(f"{which} of {ranks} ended with exit status {status}; its message is above")
+
+
+def _run_ranks(ranks: int, arguments: list[str]) -> RunProcsResult | None:
+    """One start of all ranks; returns when all have ended."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+
     with tempfile.TemporaryDirectory(prefix="harmony-fast-") as folder:
         context = start_processes(
             name="rank",
@@ -144,14 +174,9 @@ def launch(ranks: int, arguments: list[str]) -> None:
         )
         with _passing_signals_to(context.pids()):
             try:
-                result = context.wait()
+                return context.wait()
             finally:
                 context.close()
-    if result is None or result.is_failed():
-        first = min(result.failures.values(), key=lambda f: f.timestamp) if result else None
-        status = first.exitcode if first else "unknown"
-        which = f"rank {first.local_rank}" if first else "a rank"
-        raise UserError(f"{which} of {ranks} ended with exit status {status}; its message is above")
 
 
 @contextmanager

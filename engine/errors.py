@@ -7,3 +7,9 @@ class UserError(Exception):
 
 class DataError(UserError):
     """A data file or folder that is missing, damaged, empty, or not what it should be."""
+
+
+class StartAgain(UserError):
+    """The process must end, and the same command start again, to go on: `STATUS` is its exit status."""
+
+    STATUS = 75

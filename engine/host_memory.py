@@ -1,11 +1,14 @@
-"""A malloc that keeps its pages. Training on the CPU allocates and frees the same large buffers every step; by default
-glibc returns them to the kernel and faults them in again, page by page, which can take as long as the arithmetic.
+"""The host's memory: how much there is, and a malloc that keeps its pages.
+
+Training on the CPU allocates and frees the same large buffers every step; by default glibc returns them to the kernel
+and faults them in again, page by page, which can take as long as the arithmetic.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 # Large blocks come from the heap (mmap_max=0), which never shrinks (trim_threshold), grows in big steps (top_pad) and
 # is offered to the kernel for huge pages (hugetlb=1). Allocators other than glibc's ignore the variable.
@@ -23,3 +26,12 @@ def keep_pages() -> None:
         return
     os.environ[VARIABLE] = ":".join(filter(None, [given, *missing]))
     os.execv(sys.executable, [sys.executable, "-m", "harmony_fast.engine.cli", *sys.argv[1:]])
+
+
+def host_memory() -> float:
+    """Bytes of memory that this machine, or the container this runs in, has."""
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+            size = min(size, int(text))
+    return float(size)

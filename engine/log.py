@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class Log:
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done)
         self._console = Console(stderr=True)
-        self._live = sys.stderr.isatty()
+        self._live, self._failed = sys.stderr.isatty(), False
         columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[line]}"), TimeElapsedColumn())
         self._progress = Progress(
             "train", *columns, TimeRemainingColumn(), console=self._console, disable=not self._live
@@ -52,11 +53,7 @@ class Log:
         """Write one logged step. entry: `step`, `epoch`, `loss`, `loss/<objective>`, `samples_per_second`, ..."""
         if not self._active:
             return
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
-        for key, value in entry.items():
-            if key != "step":
-                self._board.add_scalar(key, value, entry["step"])
+        self._keep(entry)
         line = self._line(entry)
         if self._live:
             self._progress.update(self._task, completed=entry["step"], line=line)
@@ -68,17 +65,36 @@ class Log:
                 f"step {entry['step']}/{self._total}  {line}  {_minutes(left)} left", highlight=False, soft_wrap=True
             )
 
+    def _keep(self, entry: dict[str, Any]) -> None:
+        """Write to log.jsonl and TensorBoard. What cannot be written, on a full disk, is lost, but not the run."""
+        try:
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
+            for key, value in entry.items():
+                if key != "step":
+                    self._board.add_scalar(key, value, entry["step"])
+        except OSError as error:
+            if not self._failed:
+                self.warn(f"{self._path} cannot be written: {error.strerror or error}; the run goes on without")
+            self._failed = True
+
     def say(self, text: str) -> None:
         """A line for the person at the terminal."""
         if self._active:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        """A line that should not be overlooked."""
+        if self._active:
+            self._console.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
     def close(self) -> None:
         """Flush and stop the progress bar."""
         if self._active:
             self._progress.stop()
-            self._file.close()
-            self._board.close()
+            for log in (self._file, self._board):
+                with suppress(OSError):  # said before
+                    log.close()
 
     @staticmethod
     def _line(entry: dict[str, Any]) -> str:

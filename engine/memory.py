@@ -20,17 +20,17 @@ from ..harmony.schedules import Clock
 from ..harmony.views import Views, assemble, draw_masks
 from ..kernels import dispatch
 from .accumulate import accumulate
-from .backends import DTYPES
+from .backends import DTYPES, settle_precision
+from .build import build_model, count_micro_batches
 from .config import RunConfig
 from .data.batch import RawBatch
 from .live_bytes import GRADIENTS, LiveBytes
 from .scaling import Sizes, held_bytes
-from .train import build_model, count_micro_batches
 from .zero import deepspeed_config
 
 T = TypeVar("T")
 Device = Literal["cuda", "cpu"]
-VIEWS, TAUGHT = "views", "teacher features"
+VIEWS, TAUGHT, CUDA, ALLOCATOR = "views", "teacher features", "CUDA", "allocator"
 CAPTION_TOKENS = 16
 """Tokens of a caption that the prediction assumes: CC3M's have 10.3 words on average (Sharma et al. 2018)"""
 CONTEXT = 600 * 2**20
@@ -60,6 +60,11 @@ class Memory:
         """Of the device."""
         return sum(self.parts.values())
 
+    @property
+    def tensors(self) -> float:
+        """Of the device's, what tensors take: `torch.cuda.max_memory_allocated`."""
+        return self.total - self.held.get(CUDA, 0.0) - self.step.get(ALLOCATOR, 0.0)
+
 
 @dataclass(frozen=True)
 class Passes:
@@ -81,8 +86,8 @@ class Passes:
 
 
 def predict(config: RunConfig, ranks: int, device: Device = "cuda") -> Memory:
-    """What a rank of `ranks` will need. device: cuda counts what a GPU takes beside the tensors, too; cpu is what the
-    engine's tests measure."""
+    """What a rank of `ranks` will need. device: cuda counts what a GPU takes beside the tensors, too."""
+    config = settle_precision(config, bf16=device == "cuda")
     return memory_of(config, ranks, go_through(config, ranks, device), device)
 
 
@@ -108,8 +113,8 @@ def memory_of(config: RunConfig, ranks: int, passes: Passes, device: Device = "c
         phases.append({GRADIENTS: gradients, "buckets": gradients})
     step = max(phases, key=lambda phase: sum(phase.values()))
     if device == "cuda":
-        step["allocator"] = SLACK * sum(step.values())
-        held["CUDA"] = CONTEXT
+        step[ALLOCATOR] = SLACK * sum(step.values())
+        held[CUDA] = CONTEXT
     return Memory(held, step, host)
 
 

@@ -7,18 +7,19 @@ meta device (`memory`); the best ones are then gone through exactly, and only th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple
 
-from .config import RunConfig, parse_config
+from .config import RunConfig, dotted, parse_config, plain
 from .errors import UserError
 from .live_bytes import GRADIENTS
-from .memory import TAUGHT, Memory, Passes, go_through, memory_of
+from .memory import TAUGHT, Device, Memory, Passes, memory_of
 from .rates import Rates
 from .scaling import sent_bytes
+from .walks import Walks
 
 QUANTISED_MUST_GAIN = 1.03
 """8-bit optimizer states are named before exact ones only where they are faster by this factor"""
@@ -98,77 +99,119 @@ class Plan:
 
 
 class Planner:
-    """Plans for one configuration on some ranks; the passes are gone through once, for any number of budgets."""
+    """Plans for one configuration on some ranks; the passes are gone through once, for any number of budgets.
+
+    A context manager: going through passes is shared among processes, which end with it.
+    """
 
     def __init__(
-        self, config: RunConfig, ranks: int, rates: Rates, report: Callable[[int, int], None] = lambda done, of: None
+        self,
+        config: RunConfig,
+        ranks: int,
+        rates: Rates,
+        device: Device = "cuda",
+        keep: Collection[str] = (),
+        report: Callable[[int, int], None] = lambda done, of: None,
     ) -> None:
-        """report: told how many of the passes are done. Raises UserError if the ranks cannot share the batch."""
+        """device: whose memory it is. keep: keys whose value is the configuration's. report: told how many of the first
+        passes are done. Raises UserError if the ranks cannot share the batch.
+        """
         if config.data.batch_size % ranks:
             raise UserError(f"data.batch_size {config.data.batch_size} cannot be divided among {ranks} ranks")
-        self.config, self.ranks, self.rates, self._report = config, ranks, rates, report
+        self.config, self.ranks, self.rates, self.device, self._report = config, ranks, rates, device, report
         self._own = config.data.batch_size // ranks
+        auto = config.precision == "auto"
+        self._precisions = ("bf16", "fp32") if auto and device == "cuda" else ("fp32",) if auto else (config.precision,)
+        given = dotted(plain(config)) | {"data.micro_batch_size": config.data.micro_batch_size or self._own}
+        if unknown := set(keep) - given.keys():
+            raise UserError(f"--keep {', '.join(sorted(unknown))}: no such key")
+        self._kept = {key: given[key] for key in keep}
+        self._walks = Walks(ranks, device)
+
+    def __enter__(self) -> Planner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._walks.close()
 
     def search(self, budget: Budget, count: int = 4) -> list[Plan]:
-        """The fastest plans that fit, best first.
+        """The fastest plans that fit and differ in more than sizes, best first.
 
         Raises UserError if nothing fits: what the smallest setting needs, and which part of it is the largest.
         """
-        found: list[Plan] = []
-        for plan in self._estimates:
-            if budget.fits(plan.memory, ESTIMATED) and not any(_alike(plan, other) for other in found):
-                exact = self.examine(plan.settings)
-                found += [exact] if budget.fits(exact.memory) else []
-            if len(found) == count:
-                break
+        found: dict[tuple, Plan] = {}
+        waiting = [plan for plan in self._estimates if budget.fits(plan.memory, ESTIMATED)]
+        while len(found) < count and waiting:
+            some: dict[tuple, Plan] = {}
+            for plan in waiting:
+                if _kind(plan) not in found and len(some) < self._walks.cores:
+                    some.setdefault(_kind(plan), plan)
+            exact = self.examine(*(plan.settings for plan in some.values()))
+            found |= {_kind(plan): plan for plan in exact if budget.fits(plan.memory)}
+            tried = list(some.values())
+            waiting = [plan for plan in waiting if plan not in tried and _kind(plan) not in found]
         if not found:
             few = sorted(self._estimates, key=lambda plan: plan.memory.total)[:3]
-            smallest = min((self.examine(plan.settings) for plan in few), key=lambda plan: plan.memory.total)
+            smallest = min(self.examine(*(plan.settings for plan in few)), key=lambda plan: plan.memory.total)
             raise UserError(_nothing_fits(smallest, budget))
-        return sorted(found, key=lambda plan: plan.cost)
+        return sorted(found.values(), key=lambda plan: plan.cost)[:count]
 
-    def examine(self, settings: dict[str, Any]) -> Plan:
-        """One setting, its passes gone through exactly; of many micro-batches, two."""
-        micro = settings["data.micro_batch_size"]
-        parts = self._own // micro
-        gone = min(parts, 2)
-        passes = go_through(self._with({**settings, "data.batch_size": gone * micro * self.ranks}), self.ranks)
-        return self._plan(settings, _many(passes, gone, parts))
+    def examine(self, *choices: dict[str, Any]) -> list[Plan]:
+        """Some settings, their passes gone through exactly; of many micro-batches, two."""
+        parts = [self._own // settings["data.micro_batch_size"] for settings in choices]
+        sizes = [min(n, 2) * s["data.micro_batch_size"] * self.ranks for n, s in zip(parts, choices, strict=True)]
+        configs = [self._with({**s, "data.batch_size": size}) for s, size in zip(choices, sizes, strict=True)]
+        passes = self._walks(configs)
+        return [self._plan(s, _many(p, min(n, 2), n)) for s, p, n in zip(choices, passes, parts, strict=True)]
 
     @cached_property
     def _estimates(self) -> list[Plan]:
         """Every allowed setting, the fastest first."""
         plans = []
-        for shape, micro in product(SHAPES, _divisors(self._own)):
-            expected = _expected(self._sampled[shape], micro, self._own // micro)
-            for layout in _layouts(self.ranks):
-                settings = {"data.micro_batch_size": micro, **shape.settings, **layout}
-                share = self.ranks if layout["zero.stage"] >= 2 else 1
-                peak = {**expected.peak, GRADIENTS: expected.peak.get(GRADIENTS, 0.0) / share}
-                try:
-                    plans.append(self._plan(settings, replace(expected, peak=peak)))
-                except UserError:
-                    continue  # a combination that the engine refuses
+        for (precision, shape), sampled in self._sampled.items():
+            for micro in _divisors(self._own):
+                expected = _expected(sampled, micro, self._own // micro)
+                for layout in _layouts(self.ranks):
+                    settings = {"precision": precision, "data.micro_batch_size": micro, **shape.settings, **layout}
+                    share = self.ranks if layout["zero.stage"] >= 2 else 1
+                    peak = {**expected.peak, GRADIENTS: expected.peak.get(GRADIENTS, 0.0) / share}
+                    if self._allows(settings):
+                        try:
+                            plans.append(self._plan(settings, replace(expected, peak=peak)))
+                        except UserError:
+                            continue  # a combination that the engine refuses
+        if not plans:
+            raise UserError(f"no setting has {', '.join(f'{k}={v}' for k, v in self._kept.items())}")
         return sorted(plans, key=lambda plan: plan.cost)
 
     @cached_property
-    def _sampled(self) -> dict[Shape, Sampled]:
-        """Each shape at two sizes of the micro-batch, and with two micro-batches."""
+    def _sampled(self) -> dict[tuple[str, Shape], Sampled]:
+        """Each precision and shape at two sizes of the micro-batch, and with two micro-batches."""
         micro = max(d for d in _divisors(self._own) if d <= max(8, self._own // 64))
-        sampled, done = {}, 0
-        for shape in SHAPES:
-            passes = []
+        kinds = [
+            (precision, shape)
+            for precision, shape in product(self._precisions, SHAPES)
+            if self._allows(shape.settings) and self._allows({"precision": precision})
+        ]
+        configs = []
+        for precision, shape in kinds:
             for size, parts in ((micro, 1), (2 * micro, 1), (micro, 2)):
                 sizes = {"data.batch_size": size * parts * self.ranks, "data.micro_batch_size": size}
-                settings = {**shape.settings, **sizes, "zero.stage": 1, "zero.offload_parameters": False}
-                passes.append(go_through(self._with(settings), self.ranks))
-                done += 1
-                self._report(done, 3 * len(SHAPES))
-            sampled[shape] = Sampled(micro, *passes)
-        return sampled
+                base = {"zero.stage": 1, "zero.offload_parameters": False, "precision": precision}
+                configs.append(self._with({**shape.settings, **sizes, **base}))
+        passes = self._walks(configs, self._report)
+        found: dict[tuple[str, Shape], Sampled] = {}
+        for k, kind in enumerate(kinds):
+            sampled = Sampled(micro, *passes[3 * k : 3 * k + 3])
+            if sampled not in found.values():  # one objective alone is split into one pass
+                found[kind] = sampled
+        return found
+
+    def _allows(self, settings: dict[str, Any]) -> bool:
+        return all(settings.get(key, value) == value for key, value in self._kept.items())
 
     def _with(self, settings: dict[str, Any]) -> RunConfig:
-        raw = self.config.model_dump(mode="json", by_alias=True)
+        raw = plain(self.config)
         for key, value in settings.items():
             *path, last = key.split(".")
             node = raw
@@ -180,7 +223,7 @@ class Planner:
     def _plan(self, settings: dict[str, Any], passes: Passes) -> Plan:
         chosen = self._with(settings)
         time = seconds(chosen, self.ranks, passes, self.rates)
-        return Plan(settings, memory_of(chosen, self.ranks, passes), time, self.config.data.batch_size)
+        return Plan(settings, memory_of(chosen, self.ranks, passes, self.device), time, self.config.data.batch_size)
 
 
 def seconds(config: RunConfig, ranks: int, passes: Passes, rates: Rates) -> dict[str, float]:
@@ -192,7 +235,7 @@ def seconds(config: RunConfig, ranks: int, passes: Passes, rates: Rates) -> dict
     this rank's share, in the device's memory or in the host's. transfer: gradients to the host and weights back.
     """
     element, stage = 4 if config.precision == "fp32" else 2, config.zero.stage
-    products = rates.flops if element == 2 or config.tf32 else rates.flops / 8
+    products = rates.flops if element == 2 else rates.single if config.tf32 else rates.single / 4
     compute = max(passes.flops / products + 3 * passes.written / rates.memory, passes.calls * rates.launch)
     sent = sent_bytes(passes.sizes, stage, ranks, element) / rates.link if ranks > 1 else 0.0
     share = passes.sizes.trained / (ranks if stage else 1)
@@ -217,7 +260,7 @@ def _layouts(ranks: int) -> Iterator[dict[str, Any]]:
 
 
 def _expected(known: Sampled, micro: int, parts: int) -> Passes:
-    """Along the line through two sizes; several micro-batches differ from one as two did."""
+    """Bytes along the line through two sizes; several micro-batches differ from one as two did."""
     t = micro / known.micro - 1
 
     def line(a: float, b: float) -> float:
@@ -225,7 +268,9 @@ def _expected(known: Sampled, micro: int, parts: int) -> Passes:
 
     one, double, pair = known.one, known.double, known.pair
     peak = {k: line(one.peak.get(k, 0.0), double.peak.get(k, 0.0)) for k in one.peak.keys() | double.peak.keys()}
-    single = replace(one, peak=peak, flops=line(one.flops, double.flops), written=line(one.written, double.written))
+    # Products are in proportion to the samples, but for what stochastic depth rounds: least with the larger size.
+    flops = double.flops * micro / (2 * known.micro)
+    single = replace(one, peak=peak, flops=flops, written=line(one.written, double.written))
     if parts == 1:
         return single
     peak = {k: size * pair.peak.get(k, 0.0) / one.peak[k] for k, size in peak.items() if one.peak.get(k)}
@@ -249,10 +294,10 @@ def _many(passes: Passes, gone: int, parts: int) -> Passes:
     )
 
 
-def _alike(one: Plan, other: Plan) -> bool:
-    """Whether two plans differ only in stage or states."""
-    same = ("data.micro_batch_size", "pass", "activation_checkpointing.image", "zero.offload_optimizer")
-    return all(one.settings[key] == other.settings[key] for key in same)
+def _kind(plan: Plan) -> tuple:
+    """What tells plans apart that are worth naming side by side: not sizes, stage or states."""
+    same = ("precision", "pass", "activation_checkpointing.image", "zero.offload_optimizer", "zero.offload_parameters")
+    return tuple(plan.settings[key] for key in same)
 
 
 def _nothing_fits(smallest: Plan, budget: Budget) -> str:

@@ -3,60 +3,76 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
-from .config import load_config
-from .errors import UserError
+from .config import load_config, with_overrides
+from .host_memory import host_memory as total_host_memory
+from .measure import ask
 from .plan import Budget, Plan, Planner
 from .rates import Rates, rates_for
+from .sizes import GIB, size_of
 
 COLOURS = ["#1f6f8b", "#5ba0b5", "#99c5d1", "#d9a441", "#c8743f", "#8f4a3d", "#7d8471", "#b3b79a", "#54616b", "#a9b4bd"]
-GIB = 2**30
-UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
 def run(
-    path: Path, overrides: list[str], memory: str, gpus: int, host_memory: str | None, png: Path | None, plain: bool
+    path: Path,
+    overrides: list[str],
+    memory: str,
+    gpus: int,
+    host_memory: str | None = None,
+    keep: Sequence[str] = (),
+    measure: bool = False,
+    png: Path | None = None,
+    plain: bool = False,
 ) -> None:
     """`harmony-fast plan`. Raises UserError for sizes without a unit, and if nothing fits."""
     config = load_config(path, overrides)
-    host = (
-        size_of(host_memory, "--host-memory")
-        if host_memory
-        else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    )
+    host = size_of(host_memory, "--host-memory") if host_memory else total_host_memory()
     budget = Budget(size_of(memory, "--memory"), host / gpus)
-    rates = rates_for(budget.device)
+    rates, device = rates_for(budget.device), "cuda"
+    if measure:
+        rates, device = Rates(**ask(gpus)), "cuda" if torch.cuda.is_available() else "cpu"
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("going through the passes", total=None)
-        planner = Planner(config, gpus, rates, lambda done, of: progress.update(task, completed=done, total=of))
-        plans = planner.search(budget)
+        report = partial(_advance, progress, task)
+        with Planner(config, gpus, rates, device, keep, report) as planner:
+            plans = planner.search(budget)
+    found = ask(gpus, with_overrides(config, plans[0].overrides)) if measure else None
     if png:
         draw(plans, budget, png)
     if plain:
-        print(json.dumps(as_json(plans, budget, gpus, rates), indent=1))
+        print(json.dumps(as_json(plans, budget, gpus, rates, found), indent=1))
     else:
         show(plans, budget, gpus, rates, Console())
+        if found:
+            print(compared(plans[0], found))
 
 
-def size_of(text: str, option: str) -> float:
-    """Bytes of a size with its unit: 24GiB. Raises UserError."""
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
-    units = {unit.lower(): factor for unit, factor in UNITS.items()}
-    if not match or match[2].lower() not in units:
-        raise UserError(f"{option} {text}: a number with its unit is needed, as in 24GiB (or {', '.join(UNITS)})")
-    if not float(match[1]):
-        raise UserError(f"{option} {text}: is nothing")
-    return float(match[1]) * units[match[2].lower()]
+def _advance(progress: Progress, task: TaskID, done: int, total: int) -> None:
+    progress.update(task, completed=done, total=total)
+
+
+def compared(plan: Plan, found: dict[str, Any]) -> str:
+    """What three steps of a plan took here, beside what was predicted."""
+    if found.get("out_of_memory"):
+        return "measured: the best plan ran out of memory here; is the card shared, or smaller than --memory?"
+    tensors, predicted = found["tensors"], plan.memory.tensors
+    rate = plan.batch / found["seconds"]
+    return (
+        f"measured: {tensors / GIB:.2f} GiB of tensors at a step's peak, predicted {predicted / tensors - 1:+.1%}; "
+        f"{rate:,.1f} samples/s without loading, predicted {plan.samples_per_second / rate - 1:+.0%}"
+    )
 
 
 def show(plans: list[Plan], budget: Budget, ranks: int, rates: Rates, console: Console) -> None:
@@ -102,15 +118,17 @@ def _choices(plans: list[Plan]) -> Table:
     return table
 
 
-def as_json(plans: list[Plan], budget: Budget, ranks: int, rates: Rates) -> dict[str, Any]:
-    """For scripts. Bytes and seconds."""
+def as_json(
+    plans: list[Plan], budget: Budget, ranks: int, rates: Rates, found: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """For scripts. Bytes and seconds. found: what was measured of the first plan."""
     return {
-        "ranks": ranks, "budget": budget.device, "host_budget": budget.host, "rates": vars(rates),
+        "ranks": ranks, "budget": budget.device, "host_budget": budget.host, "rates": vars(rates), "measured": found,
         "plans": [
             {
                 "overrides": plan.overrides, "settings": plan.settings, "total": plan.memory.total,
-                "held": plan.memory.held, "step": plan.memory.step, "host": plan.memory.host,
-                "seconds": plan.seconds, "samples_per_second": plan.samples_per_second,
+                "tensors": plan.memory.tensors, "held": plan.memory.held, "step": plan.memory.step,
+                "host": plan.memory.host, "seconds": plan.seconds, "samples_per_second": plan.samples_per_second,
             }
             for plan in plans
         ],

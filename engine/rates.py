@@ -11,7 +11,9 @@ class Rates:
 
     name: str
     flops: float
-    """Of bf16 matrix products, as the towers reach it"""
+    """Of matrix products in half precision, as the towers reach it"""
+    single: float
+    """The same in fp32, with TensorFloat-32 where the configuration allows it"""
     memory: float
     """Bytes to or from the device's memory"""
     link: float
@@ -29,15 +31,19 @@ SHARE_REACHED = 0.55
 times are assumptions, not measurements"""
 
 SHEETS = [
-    Rates("a card like the RTX 3090", 71e12, 936e9, 8e9),
-    Rates("a card like the RTX A6000", 155e12, 768e9, 8e9),
-    Rates("a card like the A100", 312e12, 2039e9, 200e9),
-    Rates("a card like the H200", 989e12, 4800e9, 350e9),
+    Rates("a card like the RTX 3090", 71e12, 35.6e12, 936e9, 8e9),
+    Rates("a card like the RTX A6000", 155e12, 77.4e12, 768e9, 8e9),
+    Rates("a card like the A100", 312e12, 156e12, 2039e9, 200e9),
+    Rates("a card like the H200", 989e12, 494e12, 4800e9, 350e9),
 ]
-"""Dense bf16 products with fp32 sums and memory bandwidth as the makers' data sheets have them, by size of memory"""
+"""Dense bf16 and TF32 products with fp32 sums, and memory bandwidth, as the makers' data sheets have them, by size of
+memory"""
 
 
 def rates_for(memory: float) -> Rates:
     """Rates to expect of a card with so many bytes: only their ratios matter for which plan is best."""
     sheet = SHEETS[sum(memory > 2**30 * size for size in (24, 48, 80))]
-    return Rates(f"{sheet.name}, by its data sheet", SHARE_REACHED * sheet.flops, 0.8 * sheet.memory, sheet.link)
+    return Rates(
+        f"{sheet.name}, by its data sheet", SHARE_REACHED * sheet.flops, SHARE_REACHED * sheet.single,
+        0.8 * sheet.memory, sheet.link,
+    )  # fmt: skip

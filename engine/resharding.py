@@ -22,6 +22,14 @@ from .errors import UserError
 from .zero import Zero
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+CONVERTER = """
+import torch
+from deepspeed.checkpoint.ds_to_universal import main, parse_arguments
+from harmony_fast.engine.snapshots import KNOWN_TYPES
+torch.serialization.add_safe_globals(KNOWN_TYPES)
+main(parse_arguments())
+"""
+"""DeepSpeed's converter. It would run code from files it reads: TORCH_FORCE_WEIGHTS_ONLY_LOAD keeps it from that"""
 ReadMoment = Callable[[str, str], Tensor]
 """The whole of a moment by the parameter's name and its own"""
 
@@ -75,9 +83,11 @@ def _universal(checkpoint: Path, ranks: Ranks) -> Iterator[ReadMoment]:
         shutil.rmtree(folder, ignore_errors=True)
         # The process group of this run is none of the converter's business.
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
-                   "--input_folder", str(checkpoint), "--output_folder", str(folder),
-                   "--num_extract_workers", "1", "--num_merge_workers", "1"]  # fmt: skip
+        environment["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+        command = [
+            sys.executable, "-c", CONVERTER, "--inject_missing_state", "--input_folder", str(checkpoint),
+            "--output_folder", str(folder), "--num_extract_workers", "1", "--num_merge_workers", "1",
+        ]  # fmt: skip
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         problem = "" if result.returncode == 0 else (result.stderr.strip().splitlines() or ["no message"])[-1]
     try:

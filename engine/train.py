@@ -1,25 +1,22 @@
-"""The training loop: views, schedules, step, EMA, log, checkpoint, in that order."""
+"""The training loop. The step itself is in `step`."""
 
 from __future__ import annotations
 
 import json
 import math
-import signal
+import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from ..harmony.heads import PixelDecoder
-from ..harmony.image_encoder import ImageEncoder
-from ..harmony.model import Harmony, StepOutput
+from ..harmony.model import Harmony
 from ..harmony.schedules import Clock
-from ..harmony.text_encoder import TextTransformer
-from .accumulate import accumulate
+from .auto_memory import Settled, settle
 from .backends import use_backends
+from .build import build_model, count_micro_batches
 from .checkpoint import Checkpoints
-from .compiled import compile_blocks
 from .config import RunConfig, differences, dump_config, load_config
 from .data.batch import RawBatch
 from .data.open_loader import AnyLoader, open_loader
@@ -27,23 +24,39 @@ from .data.views import StepViews
 from .distributed import Ranks, join
 from .ema import ShardedEma
 from .errors import UserError
+from .health import SEED_STRIDE, CollapseDetector, Divergence, rollbacks
 from .log import Log
-from .zero import Scalars, Zero, deepspeed_config, scalars_at
+from .sizes import GIB
+from .step import Step, step
+from .stopping import StopRequest
+from .watchdog import Watchdog
+from .zero import Zero, deepspeed_config
 
 # Keys that may change when a run goes on: they do not touch what is computed.
 FREE_KEYS = (
-    "run_dir", "max_steps", "log_every", "checkpoint_every", "keep_checkpoints", "data.workers", "evaluate.",
+    "run_dir", "max_steps", "max_time", "keep_every", "max_skipped_steps", "on_divergence", "max_rollbacks", "watchdog",
+    "watchdog_seconds", "memory", "log_every", "checkpoint_every", "keep_checkpoints", "data.workers", "evaluate.",
     "pass", "zero.", "deepspeed", "tf32", "compile", "activation_checkpointing.", "data.micro_batch_size", "kernels.",
 )  # fmt: skip
+FINISHED = "finished"
+"""File in the run folder that says that all steps are done"""
 
 
 def train(config: RunConfig) -> None:
-    """Train on this process's rank until the configuration's end, or until asked to stop; resumes by itself.
+    """Train on this process's rank until the configuration's end, or until it is to stop; resumes by itself.
 
     Raises UserError for anything the user can mend.
     """
     ranks = join()
-    stop = StopRequest()
+    stop = StopRequest(config.max_time)
+    settled = settle(config, ranks)
+    with settled.explaining():
+        run(settled, ranks, stop)
+
+
+def run(settled: Settled, ranks: Ranks, stop: StopRequest) -> None:
+    """From the newest checkpoint, if there is one, to the end."""
+    config = settled.config
     use_backends(config, ranks.device)
     if ranks.device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
@@ -51,43 +64,78 @@ def train(config: RunConfig) -> None:
     torch.manual_seed(config.seed)  # initial weights only: all later draws are counter-based
     with open_loader(config, ranks) as loader:
         check_fit(config, loader)
-        micro_batches = count_micro_batches(config, ranks)
+        loader.seed += SEED_STRIDE * len(rollbacks(config.run_dir))
         model = build_model(config).to(ranks.device)
         zero = Zero(model, config, ranks)
         ema = ShardedEma(zero, model)
-        checkpoints = Checkpoints(config.run_dir, ranks, config.keep_checkpoints)
-        saved = checkpoints.latest()
-        done = checkpoints.load(saved, zero, ema) if saved else 0
-        total = config.epochs * loader.steps_per_epoch
+        checkpoints = Checkpoints(config.run_dir, ranks, config.keep_checkpoints, config.keep_every)
+        saved, damaged = checkpoints.latest()
+        progress = checkpoints.load(saved, zero, ema) if saved else {"step": 0}
+        done, total = progress["step"], config.epochs * loader.steps_per_epoch
         last = min(total, config.max_steps or total)
         log = Log(config.run_dir, last, done, ranks.is_main)
         log.say(f"resumed at step {done} of {last}" if saved else describe(config, model, loader, ranks))
+        greet(log, settled, damaged)
 
-        meter = Meter(done)
+        micro_batches = count_micro_batches(config, ranks)
+        divergence, numbers = Divergence(config, progress), Numbers(settled, log, done, ranks)
         model.train()
-        for clock, batch in batches(config, loader, done, last):
-            views = StepViews(config, batch, clock, ranks.device, micro_batches)
-            scalars = scalars_at(config, clock)
+        with Watchdog(config.run_dir, ranks.rank, config.watchdog, config.watchdog_seconds) as watchdog:
+            for clock, batch in batches(config, loader, done, last):
+                views = StepViews(config, batch, clock, ranks.device, micro_batches)
 
-            output = accumulate(zero, views, clock, ranks, split=config.pass_mode == "split")
-            if zero.step(scalars, clock):
-                ema.update(scalars.ema_momentum)
-                model.end_step(ranks)
-            done += 1
+                result = step(config, zero, ema, views, clock, ranks, norms=divergence.suspicious)
+                done += 1
+                watchdog.step_done()
+                settled.stepped = True
 
-            stopping = ranks.any(stop.asked)
-            saving = stopping or done == last or done % config.checkpoint_every == 0
-            log.step(done)
-            if saving or done == 1 or done % config.log_every == 0:
-                entry = summarise(output, scalars, clock, zero, ranks)
-                ensure_finite(entry, batch, loader, config.run_dir, ranks)
-                log.record({**entry, "samples_per_second": meter.rate(done, config.data.batch_size)})
-            if saving:
-                checkpoints.save(done, zero, ema)
-            if stopping and done < last:
-                log.say(f"stopped at step {done} as asked; start again with the same command to go on")
-                break
+                if result.taken:
+                    divergence.taken()
+                else:
+                    left_out(result, divergence, checkpoints, loader, batch, done, zero, ranks, log)
+                stopping = ranks.any(stop.due(checkpoints.seconds, watchdog.typical))
+                saving = stopping or done == last or done % config.checkpoint_every == 0
+                log.step(done)
+                if saving or done == 1 or done % config.log_every == 0:
+                    numbers.record(done, result, clock, zero, divergence)
+                if saving:
+                    with watchdog.resting():
+                        checkpoints.save(done, zero, ema, divergence.state())
+                if problem := checkpoints.take_problem():
+                    log.warn(f"no checkpoint was written: {problem}; the run goes on")
+                if stopping and done < last:
+                    log.say(f"stopped at step {done} as asked; start again with the same command to go on")
+                    break
+            with watchdog.resting():
+                checkpoints.wait()
         log.close()
+        if problem := ranks.agree(checkpoints.take_problem()):
+            raise UserError(f"step {done} could not be saved: {problem}; make room and start the same command again")
+        if done == last and ranks.is_main:
+            (config.run_dir / FINISHED).touch()
+
+
+def greet(log: Log, settled: Settled, damaged: list[str]) -> None:
+    """What is worth knowing before the first step."""
+    for problem in damaged:
+        log.warn(f"{problem}; an older checkpoint is used")
+    if settled.predicted:
+        words = " ".join(settled.chosen)
+        log.say(f"memory: {settled.predicted / GIB:.2f} GiB of tensors predicted on each rank; {words}")
+
+
+def left_out(
+    result: Step, divergence: Divergence, checkpoints: Checkpoints, loader: AnyLoader, batch: RawBatch, done: int,
+    zero: Zero, ranks: Ranks, log: Log,
+) -> None:  # fmt: skip
+    """A step was not taken: count it, and end the run if there were too many. All ranks must call."""
+    finite = not ranks.any(not math.isfinite(result.output.loss))
+    too_many = divergence.left_out(finite, zero.loss_scale > 1)
+    log.warn(f"step {done} was left out: its {'gradient' if finite else 'loss'} is not finite")
+    if too_many:
+        report = write_diverged(zero.config.run_dir, done, batch, loader, result, ranks)
+        checkpoints.wait()
+        divergence.give_up(done, report, checkpoints.latest()[0] is not None)
 
 
 def batches(config: RunConfig, loader: AnyLoader, done: int, last: int) -> Iterator[tuple[Clock, RawBatch]]:
@@ -101,50 +149,31 @@ def batches(config: RunConfig, loader: AnyLoader, done: int, last: int) -> Itera
                 return
 
 
-def build_model(config: RunConfig) -> Harmony:
-    """The model with the run's activation checkpointing and compilation."""
-    model = Harmony(config)
-    every = {
-        ImageEncoder: config.activation_checkpointing.image, PixelDecoder: config.activation_checkpointing.image,
-        TextTransformer: config.activation_checkpointing.text,
+def memory_used(settled: Settled, ranks: Ranks) -> dict[str, float]:
+    """GiB at the fullest moment so far, of the rank that needed most; and as predicted, where a plan was made.
+
+    On GPUs of tensors; on the CPU of the process, Python and its libraries included.
+    """
+    if ranks.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(ranks.device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    used = {"memory/peak_gib": float(ranks.most(torch.tensor(peak / GIB, dtype=torch.float64)))}
+    return used | ({"memory/predicted_gib": settled.predicted / GIB} if settled.predicted else {})
+
+
+def write_diverged(
+    run_dir: Path, done: int, batch: RawBatch, loader: AnyLoader, result: Step, ranks: Ranks
+) -> Path:
+    """What a step that ends the run was made of, for this rank."""
+    path, output = run_dir / f"diverged-rank-{ranks.rank}.json", result.output
+    found = {
+        "step": done, "loss": output.loss.item(), "losses": {n: v.item() for n, v in output.losses.items()},
+        "metrics": {n: v.item() for n, v in output.metrics.items()}, "gradient_norms": result.norms,
+        "samples": loader.sample_ids(batch.index),
     }  # fmt: skip
-    for module in model.modules():
-        if type(module) in every:
-            module.checkpoint_every = every[type(module)]
-    if config.compile:
-        compile_blocks(model)
-    return model
-
-
-def count_micro_batches(config: RunConfig, ranks: Ranks) -> int:
-    """How many micro-batches make a rank's step. Raises UserError if samples would be left over."""
-    own = config.data.batch_size // ranks.world_size
-    size = config.data.micro_batch_size or own
-    if own % size:
-        raise UserError(
-            f"data.batch_size {config.data.batch_size} is {own} samples a rank, which data.micro_batch_size {size} "
-            "does not divide"
-        )
-    return own // size
-
-
-def summarise(output: StepOutput, scalars: Scalars, clock: Clock, zero: Zero, ranks: Ranks) -> dict[str, float]:
-    """The numbers of one step, averaged over ranks. Reads from the device, so only logged steps pay for it."""
-    named = {"loss": output.loss.detach(), **{f"loss/{n}": v for n, v in output.losses.items()}, **output.metrics}
-    values = ranks.sum(torch.stack([v.double().cpu() for v in named.values()]).to(ranks.device)) / ranks.world_size
-    entry = {"step": clock.step + 1, "epoch": clock.epoch, **dict(zip(named, values.tolist(), strict=True))}
-    entry["gradient_norm"] = float(zero.gradient_norm())
-    entry.update(lr=scalars.lr, weight_decay=scalars.weight_decay, ema_momentum=scalars.ema_momentum)
-    return entry
-
-
-def ensure_finite(entry: dict[str, float], batch: RawBatch, loader: AnyLoader, run_dir: Path, ranks: Ranks) -> None:
-    """Stop a run whose loss is not finite, with the batch's sample ids on disk and the checkpoints untouched."""
-    if not ranks.any(not math.isfinite(entry["loss"])):
-        return
-    path = run_dir / f"diverged-rank-{ranks.rank}.json"
-    path.write_text(json.dumps({"entry": entry, "samples": loader.sample_ids(batch.index)}, indent=1))
-    raise UserError(f"the loss is {entry['loss']} at step {entry['step']}; its samples are listed in {path}")
+    path.write_text(json.dumps(found, indent=1))
+    return path
 
 
 def prepare_run_folder(config: RunConfig, ranks: Ranks) -> None:
@@ -192,29 +221,33 @@ def describe(config: RunConfig, model: Harmony, loader: AnyLoader, ranks: Ranks)
     )
 
 
-class Meter:
-    """Samples per second since the last question."""
+class Numbers:
+    """What is logged of a step. Reads from the device, so only logged steps pay for it."""
 
-    def __init__(self, done: int) -> None:
+    def __init__(self, settled: Settled, log: Log, done: int, ranks: Ranks) -> None:
+        self._settled, self._log, self._ranks = settled, log, ranks
+        self._collapse = CollapseDetector(settled.config)
         self._done, self._time = done, time.perf_counter()
 
-    def rate(self, done: int, batch_size: int) -> float:
-        """Over all ranks."""
+    def record(self, done: int, result: Step, clock: Clock, zero: Zero, divergence: Divergence) -> None:
+        """Losses and metrics averaged over ranks, schedules, speed and memory. All ranks must call."""
+        output, scalars = result.output, result.scalars
+        named = {"loss": output.loss.detach(), **{f"loss/{n}": v for n, v in output.losses.items()}, **output.metrics}
+        values = torch.stack([v.double().cpu() for v in named.values()]).to(self._ranks.device)
+        means = (self._ranks.sum(values) / self._ranks.world_size).tolist()
+        entry = {"step": done, "epoch": clock.epoch, **dict(zip(named, means, strict=True))}
+        entry["gradient_norm"] = float(zero.gradient_norm())
+        entry.update(lr=scalars.lr, weight_decay=scalars.weight_decay, ema_momentum=scalars.ema_momentum)
+        entry |= memory_used(self._settled, self._ranks) | divergence.numbers()
+        if zero.dtype == torch.float16:
+            entry["loss_scale"] = zero.loss_scale
+        self._log.record({**entry, "samples_per_second": self._rate(done)})
+        for sign in self._collapse.look(entry):
+            self._log.warn(f"collapse? {sign}")
+
+    def _rate(self, done: int) -> float:
+        """Samples per second of all ranks since the last logged step."""
         now = time.perf_counter()
-        rate = (done - self._done) * batch_size / (now - self._time)
+        rate = (done - self._done) * self._settled.config.data.batch_size / (now - self._time)
         self._done, self._time = done, now
         return rate
-
-
-class StopRequest:
-    """Whether SIGTERM or SIGINT has asked the run to save and stop; a second signal ends it at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number: int, _frame: object) -> None:
-        if self.asked:
-            raise SystemExit(128 + number)
-        self.asked = True

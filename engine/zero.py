@@ -169,6 +169,8 @@ class Zero:
         _quiet()
         import deepspeed
 
+        from .snapshots import Snapshots
+
         # A shared-memory all-reduce for inference that DeepSpeed would compile at the first CPU run; never used here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_init_required=False)
@@ -184,9 +186,12 @@ class Zero:
             model=model, optimizer=build_optimizer(config, self.groups),
             config=deepspeed_config(config, ranks.world_size),
         )  # fmt: skip
+        self._snapshots = self.engine.checkpoint_engine = Snapshots()
         if config.zero.stage == 0 and hasattr(self.optimizer, "optimizer"):
             # In half precision DeepSpeed has taken a step with zeros to make the state: AdamW would count it.
             self.optimizer.optimizer.state.clear()
+        if config.precision == "fp16":
+            self.optimizer.loss_scaler.raise_error_at_min_scale = False  # the run says what to do then
         self.partition = PARTITIONS[config.zero.stage](self.engine, self.optimizer, self.groups, ranks)
         self.dtype = next(model.parameters()).dtype
         """Of the compute copy of the parameters"""
@@ -206,12 +211,16 @@ class Zero:
             self.engine.backward(loss)
 
     def step(self, scalars: Scalars, clock: Clock) -> bool:
-        """Clipping and AdamW. Returns whether the step was taken (fp16 skips at an overflow)."""
+        """Clipping and AdamW. Returns whether the step was taken: not where a gradient is not finite."""
         for group, live in zip(self.groups, self.optimizer.param_groups, strict=True):
             frozen = clock.epoch < group["frozen_epochs"]
             live["lr"] = 0.0 if frozen else scalars.lr
             live["weight_decay"] = scalars.weight_decay if group["decayed"] and not frozen else 0.0
         self._forget_thawed(clock)
+        if self.config.zero.stage == 0 and not self._finite():  # DeepSpeed looks in stages 1 to 3
+            self.engine.optimizer.zero_grad()
+            self.partition.clear_gradients()
+            return False
         if self.config.optimizer.clip == "parameter" and self.config.optimizer.clip_grad:
             self._clip_each()
         self.engine.step()
@@ -220,6 +229,11 @@ class Zero:
             for place in places:
                 place.data.clamp_(max=bound)
         return self.engine.was_step_applied()
+
+    def snapshot(self, folder: Path, beside: dict[str, Any]) -> dict[Path, Callable[[Path], None]]:
+        """DeepSpeed's checkpoint and more contents by file name, copied to host memory: what writes each file of this
+        rank, by path. All ranks must call."""
+        return self._snapshots.take(self.engine, folder, beside)
 
     @property
     def loss_scale(self) -> float:
@@ -262,16 +276,34 @@ class Zero:
         c = self.config.optimizer
         pieces = [(self.names[id(p)], g) for p, g in self.partition.gradients()]
         pieces = [(n, g) for n, g in pieces if not c.clip_only or n.startswith(tuple(c.clip_only))]
-        place = {name: i for i, name in enumerate(self.names.values())}
+        place, squares = self._squares(pieces)
+        factors = (c.clip_grad * self.loss_scale / (squares.sqrt() + 1e-6 * self.loss_scale)).clamp(max=1)
+        for name, gradient in pieces:
+            gradient.mul_(factors[place[name]].to(gradient.dtype))
+
+    def gradient_norms(self) -> dict[str, float]:
+        """By parameter, between the last backward pass and the step; none with offload or in stage 3, which give no
+        access to whole gradients. All ranks must call. Reads from the device."""
+        if self.config.zero.stage == 3 or self.config.zero.offload_optimizer:
+            return {}
+        pieces = [(self.names[id(p)], g) for p, g in self.partition.gradients()]
+        place, squares = self._squares(pieces)
+        norms = (squares.sqrt() / self.loss_scale).tolist()
+        return {name: norms[k] for name, k in place.items()}
+
+    def _squares(self, pieces: list[tuple[str, Tensor]]) -> tuple[dict[str, int], Tensor]:
+        """Squared norms of gradients by parameter, over all ranks: the place of each name, and the norms."""
+        place = {name: i for i, name in enumerate(self.order)}
         squares = torch.zeros(len(place), dtype=torch.float64 if self.dtype == torch.float64 else torch.float32)
         squares = squares.to(self._ranks.device)
         for name, gradient in pieces:
             squares[place[name]] += gradient.to(squares.dtype).square().sum()
-        if self.config.zero.stage:  # in stage 0 every rank has the whole gradient
-            squares = self._ranks.sum(squares)
-        factors = (c.clip_grad * self.loss_scale / (squares.sqrt() + 1e-6 * self.loss_scale)).clamp(max=1)
-        for name, gradient in pieces:
-            gradient.mul_(factors[place[name]].to(gradient.dtype))
+        # In stage 0 every rank has the whole gradient.
+        return place, self._ranks.sum(squares) if self.config.zero.stage else squares
+
+    def _finite(self) -> bool:
+        """Whether all gradients of stage 0 are."""
+        return bool(torch.stack([g.isfinite().all() for _, g in self.partition.gradients()]).all())
 
     def _forget_thawed(self, clock: Clock) -> None:
         """A group that thaws starts like new: while frozen, AdamW has counted its steps and gathered moments."""

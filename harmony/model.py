@@ -202,6 +202,11 @@ class Harmony(nn.Module):
         for objective in self.objectives.values():
             objective.end_step(collectives)
 
+    def forget_step(self) -> None:
+        """Instead of `end_step` where the step was left out."""
+        for objective in self.objectives.values():
+            objective.forget_step()
+
     def frozen_parameters(self) -> list[tuple[list[nn.Parameter], int]]:
         """Student parameters that stay fixed at the start, with the number of epochs."""
         frozen = []

@@ -4,6 +4,7 @@ import io
 import os
 import tarfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each, before torch starts its own
@@ -11,6 +12,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one threa
 
 import numpy as np
 import pytest
+import yaml
+from commands import ROOT, run
 from hypothesis import settings
 from PIL import Image
 from tiny import tiny_config
@@ -77,3 +80,38 @@ def pairs(picture: Callable[..., Image.Image]) -> Callable[..., Files]:
 def tiny() -> dict:
     """`tiny_config()`, to be changed at will."""
     return tiny_config()
+
+
+@pytest.fixture(scope="session")
+def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 of the demo's samples."""
+    from harmony_fast.engine.data.prepare import prepare
+
+    path = tmp_path_factory.mktemp("data") / "train.beton"
+    prepare([ROOT / "demo" / "noto.tar"], path, context=16, limit=24, workers=1, progress=False)
+    return path
+
+
+@pytest.fixture
+def config(tiny: dict, beton: Path, tmp_path: Path) -> Path:
+    """A file with `tiny_config()` on these samples: 3 steps an epoch."""
+    tiny["data"]["train"] = str(beton)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny))
+    return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed_run(tmp_path_factory: pytest.TempPathFactory, beton: Path) -> Callable[[int], Path]:
+    """undisturbed_run(7): the folder of a run of so many steps that nothing happened to."""
+
+    @cache
+    def make(steps: int) -> Path:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        raw = tiny_config()
+        raw["data"]["train"] = str(beton)
+        (folder / "tiny.yaml").write_text(yaml.safe_dump(raw))
+        run("train", folder / "tiny.yaml", f"run_dir={folder / 'run'}", f"max_steps={steps}")
+        return folder / "run"
+
+    return make

@@ -134,6 +134,9 @@ class Objective(nn.Module, ABC):
     def end_step(self, collectives: Collectives) -> None:
         """Called once per optimizer step, after it: the place to move centers."""
 
+    def forget_step(self) -> None:
+        """Called instead where the step was left out, because its gradient was not finite."""
+
 
 @dataclass(frozen=True)
 class Surroundings:
@@ -165,6 +168,20 @@ def register(name: str) -> Callable[[type[Objective]], type[Objective]]:
     return add
 
 
+FEW = 4
+"""Vectors of which a standard deviation says nothing about collapse"""
+
+
+@torch.no_grad()
+def feature_std(vectors: Tensor) -> dict[str, Tensor]:
+    """Standard deviation of unit vectors [..., d], over all directions: sqrt(1 - |mean|^2), 0 where all are the same.
+
+    By its name; nothing for a few vectors.
+    """
+    vectors = at_least_float(vectors.detach()).flatten(0, -2)
+    return {"feature_std": (1 - vectors.mean(0).square().sum()).clamp(min=0).sqrt()} if len(vectors) >= FEW else {}
+
+
 def at_least_float(x: Tensor) -> Tensor:
     """Half precisions to fp32; fp64 stays. Losses are never computed in half precision."""
     return x if x.dtype == torch.float64 else x.float()
@@ -194,14 +211,18 @@ class Center(nn.Module):
         with torch.no_grad():
             self.add(prototype_sums(u, layer()), len(u))
 
+    def forget(self) -> None:
+        """Leave out what was taken in since the last move."""
+        self.total.zero_()
+        self.count.zero_()
+
     @torch.no_grad()
     def move(self, collectives: Collectives) -> None:
         """Move the center by what was taken in since the last call; without any output it stays."""
         sums = collectives.sum(torch.cat([self.total, self.count[None]]))
         mean = sums[:-1] / sums[-1].clamp(min=1)
         self.value.copy_(torch.where(sums[-1] > 0, self.value.lerp(mean, 1 - self.momentum), self.value))
-        self.total.zero_()
-        self.count.zero_()
+        self.forget()
 
 
 class DistillationConfig(ObjectiveConfig):
@@ -281,9 +302,22 @@ class Distillation(Objective):
 
     def end_step(self, collectives: Collectives) -> None:
         """Move the centers."""
-        for module in self.children():
-            if isinstance(module, Center):
-                module.move(collectives)
+        for center in self.centers():
+            center.move(collectives)
+
+    def forget_step(self) -> None:
+        """The centers stay."""
+        for center in self.centers():
+            center.forget()
+
+    def centers(self) -> list[Center]:
+        """All centers."""
+        return [module for module in self.children() if isinstance(module, Center)]
+
+    def health(self, teacher: Tensor) -> dict[str, Tensor]:
+        """Signs of collapse. teacher: unit vectors [..., d] of its branch."""
+        norms = torch.stack([center.value.norm() for center in self.centers()])
+        return {"center_norm": norms.max(), **feature_std(teacher)}
 
 
 def require_pairs(name: str, views: ViewsConfig) -> None:

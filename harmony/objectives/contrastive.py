@@ -24,6 +24,7 @@ from .base import (
     Outcome,
     Surroundings,
     at_least_float,
+    feature_std,
     register,
 )
 
@@ -125,6 +126,7 @@ class Contrastive(Objective):
             soft_temperature=self.config.soft_temperature, kind=self.config.kind, logit_bias=bias,
         )  # fmt: skip
         metrics = {"hard": hard.detach(), "accuracy": accuracy(image, texts, offset), "logit_scale": scale.detach()}
+        metrics |= feature_std(image) | {f"text_{name}": value for name, value in feature_std(text).items()}
         if bias is not None:
             metrics["logit_bias"] = bias.detach()
         if soft is None:

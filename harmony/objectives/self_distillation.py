@@ -87,7 +87,7 @@ class SelfDistillation(Distillation):
         known, known_patches = self.teacher_vectors(teacher, views)
         learned, learned_patches = self.student_vectors(student, views)
         tau = self.teacher_temperature(clock)
-        metrics = {"teacher_entropy": self.entropy(known, teacher.head.last_layer, tau)}
+        metrics = {"teacher_entropy": self.entropy(known, teacher.head.last_layer, tau), **self.health(known)}
 
         pairs = [(v, a) for a in range(len(known)) for v in range(len(learned)) if v != a]
         rows = torch.cat([learned[v] for v, _ in pairs]), torch.cat([known[a] for _, a in pairs])

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from harmony_fast.engine.accumulate import accumulate
+from harmony_fast.engine.build import build_model, count_micro_batches
 from harmony_fast.engine.checkpoint import Checkpoints, consolidated_weights
 from harmony_fast.engine.config import RunConfig, parse_config
 from harmony_fast.engine.data.batch import RawBatch
 from harmony_fast.engine.data.views import StepViews
 from harmony_fast.engine.distributed import Ranks, join, leave
 from harmony_fast.engine.ema import ShardedEma
-from harmony_fast.engine.train import build_model, count_micro_batches
-from harmony_fast.engine.zero import Zero, scalars_at
+from harmony_fast.engine.step import step as take_step
+from harmony_fast.engine.zero import Zero
 from harmony_fast.harmony.schedules import Clock
 
 STEPS_PER_EPOCH = 3
@@ -72,24 +72,22 @@ def train(config: RunConfig, ranks: Ranks, steps: int, save: bool = False) -> di
     zero = Zero(model, config, ranks)
     ema = ShardedEma(zero, model)
     checkpoints = Checkpoints(config.run_dir, ranks, 2)
-    saved = checkpoints.latest()
-    done = checkpoints.load(saved, zero, ema) if saved else 0
+    saved, _ = checkpoints.latest()
+    done = checkpoints.load(saved, zero, ema)["step"] if saved else 0
     model.train()
     losses, norms, programs, before = [], [], [], Counter()
     for step in range(done, steps):
         clock = Clock(step, STEPS_PER_EPOCH, config.epochs)
         views = StepViews(config, samples(config, step, ranks), clock, parts=count_micro_batches(config, ranks))
-        output = accumulate(zero, views, clock, ranks, config.pass_mode == "split")
-        scalars = scalars_at(config, clock)
-        if zero.step(scalars, clock):
-            ema.update(scalars.ema_momentum)
-            model.end_step(ranks)
+        output = take_step(config, zero, ema, views, clock, ranks).output
         losses.append(float(ranks.sum(output.loss.detach().double())) / ranks.world_size)
         norms.append(float(zero.gradient_norm()))
         programs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         messages, before = sent - before, sent.copy()
     if save:
         checkpoints.save(steps, zero, ema)
+        checkpoints.wait()
+        assert not checkpoints.problem
     shards = zero.partition.shards()
     held = {"masters": sum(s.master.nbytes for s in shards), "ema": sum(s.nbytes for s in ema.shards)}
     counts = {"bytes": held, "messages": dict(messages)}  # messages: of the last step

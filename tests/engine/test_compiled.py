@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harmony_fast.engine.build import build_model
 from harmony_fast.engine.config import parse_config
-from harmony_fast.engine.train import build_model
 from steps import assert_same, config, run
 
 CASES: dict[str, dict[str, Any]] = {

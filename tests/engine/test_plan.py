@@ -11,8 +11,8 @@ from harmony_fast.engine.config import RunConfig, parse_config, with_overrides
 from harmony_fast.engine.errors import UserError
 from harmony_fast.engine.memory import CONTEXT, predict
 from harmony_fast.engine.plan import Budget, Plan, Planner
-from harmony_fast.engine.plan_report import size_of
 from harmony_fast.engine.rates import rates_for
+from harmony_fast.engine.sizes import size_of
 from steps import config
 
 MIB = 2**20

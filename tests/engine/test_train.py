@@ -7,74 +7,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from harmony_fast.engine.data.prepare import prepare
+from commands import ENVIRONMENT, log, losses, newest, run, start
 from harmony_fast.engine.distributed import first_host
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "harmony_fast.engine.cli"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 STEPS = 7
 
 
-def start(*arguments: object, **environment: object) -> subprocess.Popen:
-    words, variables = [*COMMAND, *map(str, arguments)], {name: str(value) for name, value in environment.items()}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(words, **pipes, env={**ENVIRONMENT, **variables})
-
-
-def run(*arguments: object, fails: bool = False) -> str:
-    process = start(*arguments)
-    out, err = process.communicate(timeout=240)
-    assert (process.returncode != 0) == fails, err[-3000:]
-    if fails:
-        assert "Traceback" not in err, err
-    return out + err
-
-
-def log(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-
-
-def losses(run_dir: Path) -> list[dict]:
-    return [{k: v for k, v in entry.items() if k.startswith("loss")} for entry in log(run_dir)]
-
-
-def newest(run_dir: Path) -> Path:
-    return run_dir / "checkpoints" / (run_dir / "checkpoints" / "latest").read_text()
-
-
 @pytest.fixture(scope="module")
-def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "train.beton"
-    prepare([ROOT / "demo" / "noto.tar"], path, context=16, limit=24, workers=1, progress=False)
-    return path
-
-
-@pytest.fixture
-def config(tiny: dict, beton: Path, tmp_path: Path) -> Path:
-    tiny["data"]["train"] = str(beton)
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tiny))
-    return path
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, beton: Path) -> Path:
+def undisturbed(undisturbed_run: Callable[[int], Path]) -> Path:
     """A run of STEPS steps that nothing happened to (crossing two epoch ends: 3 steps each)."""
-    from tiny import tiny_config
-
-    folder = tmp_path_factory.mktemp("undisturbed")
-    raw = tiny_config()
-    raw["data"]["train"] = str(beton)
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(raw))
-    run("train", folder / "tiny.yaml", f"run_dir={folder / 'run'}", f"max_steps={STEPS}")
-    return folder / "run"
+    return undisturbed_run(STEPS)
 
 
 def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:

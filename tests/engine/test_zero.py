@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from harmony_fast.engine.build import build_model
 from harmony_fast.engine.config import parse_config
 from harmony_fast.engine.errors import UserError
 from harmony_fast.engine.scaling import Sizes, held_bytes, messages
-from harmony_fast.engine.train import build_model
 from harmony_fast.engine.zero import deepspeed_config
 from steps import Settings, assert_same, config, run
 

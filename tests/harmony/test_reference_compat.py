@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from harmony_fast.engine.build import build_model
 from harmony_fast.engine.config import REFERENCE_COMPAT, RunConfig, parse_config
-from harmony_fast.engine.train import build_model
 from harmony_fast.engine.zero import parameter_groups
 from harmony_fast.harmony.model import Harmony
 from harmony_fast.harmony.objectives import Collectives

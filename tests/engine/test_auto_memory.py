@@ -1,0 +1,104 @@
+"""`memory: auto` trains with a plan, keeps it, and takes the next one when memory really runs out; `plan --measure`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from harmony_fast.engine.config import dotted, load_config, plain
+from harmony_fast.engine.data.prepare import prepare
+from steps import config
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "harmony_fast.engine.cli"]
+pytestmark = pytest.mark.timeout(600)
+
+
+def call(*words: object, data_limit: int | None = None) -> subprocess.CompletedProcess:
+    """data_limit: bytes of memory of its own that the process can have, none beyond."""
+    limit = ["prlimit", f"--data={data_limit}"] if data_limit else []
+    return subprocess.run([*limit, *COMMAND, *map(str, words)], capture_output=True, text=True, timeout=500)
+
+
+@pytest.fixture(scope="module")
+def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.beton"
+    prepare([ROOT / "demo" / "noto.tar"], path, context=16, limit=96, workers=1, progress=False)
+    return path
+
+
+def write(tmp_path: Path, beton: Path, **over: Any) -> Path:
+    over = {"objectives": {"contrastive": {"embed_dim": 16}}, "model__image__depth": 1, **over}  # planned in seconds
+    raw = config(data__train=str(beton), **over)
+    del raw["model"]["text"]["vocabulary"]
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def last_entry(run: Path) -> dict[str, Any]:
+    return json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+
+
+def test_a_run_takes_the_plan_and_keeps_it(tmp_path: Path, beton: Path) -> None:
+    words = ["train", write(tmp_path, beton), f"run_dir={tmp_path / 'run'}", "memory=auto", "--ranks", 2]
+    first = call(*words, "max_steps=1")
+    assert first.returncode == 0, first.stderr
+    plans = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert "going through the passes" in first.stdout and plans["failed"] == 0
+    used = dotted(plain(load_config(tmp_path / "run" / "config.yaml")))
+    for override in plans["plans"][0]["overrides"]:
+        key, _, value = override.partition("=")
+        assert used[key] == yaml.safe_load(value), key
+    entry = last_entry(tmp_path / "run")
+    assert entry["memory/predicted_gib"] == pytest.approx(plans["plans"][0]["tensors"] / 2**30)
+    assert entry["memory/peak_gib"] > entry["memory/predicted_gib"]  # Python and its libraries are in it
+    again = call(*words, "max_steps=2")
+    assert again.returncode == 0 and "going through the passes" not in again.stdout, again.stderr
+    assert "resumed at step 1" in again.stderr and last_entry(tmp_path / "run")["step"] == 2
+
+
+LIMIT = 3100 * 2**20
+"""Bytes: between what the best and the most frugal plan of HUNGRY need, with what Python takes"""
+HUNGRY = {
+    "data__batch_size": 96, "model__image__depth": 3, "model__image__width": 128, "views__global_size": 192,
+    "views__local_size": 96,
+}  # fmt: skip
+"""Whose activations are most of what it needs, so that the plans differ"""
+
+
+def test_when_memory_runs_out_the_next_plan_is_taken(tmp_path: Path, beton: Path) -> None:
+    """The limit lies between what the best and the most frugal plan need."""
+    path = write(tmp_path, beton, **HUNGRY)
+    result = call("train", path, f"run_dir={tmp_path / 'run'}", "memory=64GiB", "max_steps=1", data_limit=LIMIT)
+    assert result.returncode == 0, result.stderr
+    plans = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plans["failed"] > 0
+    assert result.stderr.count("going on with the next plan") == plans["failed"]
+    assert last_entry(tmp_path / "run")["step"] == 1
+
+
+def test_without_a_plan_the_message_says_what_helps(tmp_path: Path, beton: Path) -> None:
+    path = write(tmp_path, beton, **HUNGRY)
+    result = call("train", path, f"run_dir={tmp_path / 'run'}", "max_steps=1", data_limit=LIMIT)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "memory ran out" in result.stderr and "harmony-fast plan" in result.stderr
+
+
+@pytest.mark.parametrize("given", ["24", "much", "-1GiB"])
+def test_a_size_without_unit_is_refused(tmp_path: Path, beton: Path, given: str) -> None:
+    result = call("train", write(tmp_path, beton), f"run_dir={tmp_path / 'run'}", f"memory={given}")
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and "'memory'" in result.stderr
+
+
+def test_measure_runs_the_best_plan(tmp_path: Path, beton: Path) -> None:
+    words = ["plan", write(tmp_path, beton), "--memory", "4GiB", "--gpus", 2, "--measure", "--json"]
+    result = call(*words, "--keep", "zero.offload_optimizer", "--keep", "zero.offload_parameters")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["rates"]["name"] == "this machine's processor" and 1e8 < found["rates"]["flops"] < 1e14
+    assert found["plans"][0]["tensors"] == pytest.approx(found["measured"]["tensors"], rel=0.05)
+    assert found["measured"]["seconds"] > 0
