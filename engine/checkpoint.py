@@ -10,9 +10,11 @@ ranks, with a fresh optimizer.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from threading import Thread
@@ -40,19 +42,20 @@ PATIENCE = 600.0
 class Checkpoints:
     """The checkpoints of a run: copied while training stands still, written and published while it goes on.
 
-    A save that fails leaves the run and the checkpoints before it as they were; `problem` says what happened.
+    A save that fails leaves the run and the checkpoints before it as they were.
     """
 
     def __init__(self, run_dir: Path, ranks: Ranks, keep: int, keep_every: int | None = None) -> None:
-        self.folder, self.problem = CheckpointFolder(run_dir), ""
+        self.folder = CheckpointFolder(run_dir)
+        self.problem = ""
+        """What went wrong with the last save that has ended, in words, or nothing"""
         self.seconds = 0.0
         """That the longest save took, from its start to its end"""
         self._ranks, self._keep, self._keep_every = ranks, keep, keep_every
         self._writer: Thread | None = None
 
     def save(self, step: int, zero: Zero, ema: ShardedEma, state: dict[str, Any] | None = None) -> None:
-        """Start to save. All ranks must call. state: plain data to be found in `load`'s answer."""
-        self.wait()
+        """Start to save, once `wait` has been called. All ranks must call. state: plain data for `load`'s answer."""
         begun = time.monotonic()
         self.problem = self._attempt(lambda: self.folder.begin(step)) if self._ranks.is_main else ""
         if self._ranks.any(bool(self.problem)):
@@ -61,17 +64,13 @@ class Checkpoints:
         self._writer = Thread(target=self._write, args=(step, files, begun), name="harmony-fast-checkpoint")
         self._writer.start()
 
-    def wait(self) -> None:
-        """Until the save under way has ended, on all ranks. All must call."""
+    def wait(self) -> str:
+        """Until the save under way has ended, on all ranks. All must call. Returns what went wrong, or nothing."""
         if self._writer:
             self._writer.join()
             self._writer = None
         self._ranks.barrier()
-
-    def take_problem(self) -> str:
-        """What went wrong since this was last asked, in words, or nothing."""
-        problem, self.problem = self.problem, ""
-        return problem
+        return self._ranks.agree(self.problem)
 
     def latest(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that is whole, and what is wrong with newer ones. All ranks must call.
@@ -160,7 +159,10 @@ class Checkpoints:
             work()
             return ""
         except Exception as error:  # whatever it is must not harm the run
-            return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            with suppress(OSError):
+                reason += f" ({shutil.disk_usage(self.folder.path).free / 2**20:,.0f} MiB free on the disk)"
+            return reason
 
 
 def _write_all(files: dict[Path, Callable], part: Path) -> None:

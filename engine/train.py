@@ -100,16 +100,16 @@ def run(settled: Settled, ranks: Ranks, stop: StopRequest) -> None:
                     numbers.record(done, result, clock, zero, divergence)
                 if saving:
                     with watchdog.resting():
+                        if problem := checkpoints.wait():
+                            log.warn(f"the last checkpoint was not written: {problem}; the run goes on")
                         checkpoints.save(done, zero, ema, divergence.state())
-                if problem := checkpoints.take_problem():
-                    log.warn(f"no checkpoint was written: {problem}; the run goes on")
                 if stopping and done < last:
                     log.say(f"stopped at step {done} as asked; start again with the same command to go on")
                     break
             with watchdog.resting():
-                checkpoints.wait()
+                problem = checkpoints.wait()
         log.close()
-        if problem := ranks.agree(checkpoints.take_problem()):
+        if problem:
             raise UserError(f"step {done} could not be saved: {problem}; make room and start the same command again")
         if done == last and ranks.is_main:
             (config.run_dir / FINISHED).touch()
@@ -240,7 +240,7 @@ class Numbers:
         entry.update(lr=scalars.lr, weight_decay=scalars.weight_decay, ema_momentum=scalars.ema_momentum)
         entry |= memory_used(self._settled, self._ranks) | divergence.numbers()
         if zero.dtype == torch.float16:
-            entry["loss_scale"] = zero.loss_scale
+            entry["precision/loss_scale"] = zero.loss_scale
         self._log.record({**entry, "samples_per_second": self._rate(done)})
         for sign in self._collapse.look(entry):
             self._log.warn(f"collapse? {sign}")

@@ -19,6 +19,7 @@ from .base import (
     Outcome,
     Surroundings,
     at_least_float,
+    feature_std,
     register,
     require_pairs,
 )
@@ -87,7 +88,8 @@ class SelfDistillation(Distillation):
         known, known_patches = self.teacher_vectors(teacher, views)
         learned, learned_patches = self.student_vectors(student, views)
         tau = self.teacher_temperature(clock)
-        metrics = {"teacher_entropy": self.entropy(known, teacher.head.last_layer, tau), **self.health(known)}
+        metrics = {"teacher_entropy": self.entropy(known, teacher.head.last_layer, tau), **self.center_norm()}
+        metrics |= feature_std(known)
 
         pairs = [(v, a) for a in range(len(known)) for v in range(len(learned)) if v != a]
         rows = torch.cat([learned[v] for v, _ in pairs]), torch.cat([known[a] for _, a in pairs])

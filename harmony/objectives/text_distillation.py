@@ -70,7 +70,7 @@ class TextDistillation(Distillation):
         weight = 1 / (counts[views.caption_index // context] * len(counts)).to(known.dtype)
         layers = student.head.last_layer, teacher.head.last_layer
         tau = self.teacher_temperature(clock)
-        return Outcome(self.cross_entropy(learned, known, layers, self.center, tau, weight), self.health(known))
+        return Outcome(self.cross_entropy(learned, known, layers, self.center, tau, weight), self.center_norm())
 
     @torch.no_grad()
     def teacher_vectors(self, teacher: Features, views: Views, clock: Clock) -> Tensor:

@@ -86,8 +86,7 @@ def train(config: RunConfig, ranks: Ranks, steps: int, save: bool = False) -> di
         messages, before = sent - before, sent.copy()
     if save:
         checkpoints.save(steps, zero, ema)
-        checkpoints.wait()
-        assert not checkpoints.problem
+        assert not checkpoints.wait()
     shards = zero.partition.shards()
     held = {"masters": sum(s.master.nbytes for s in shards), "ema": sum(s.nbytes for s in ema.shards)}
     counts = {"bytes": held, "messages": dict(messages)}  # messages: of the last step

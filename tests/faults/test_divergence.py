@@ -107,7 +107,7 @@ def test_the_first_steps_of_fp16_only_lower_the_loss_scale(config: Path, tmp_pat
     run("train", config, f"run_dir={folder}", "precision=fp16", "max_steps=40", "epochs=20", "log_every=1", scale)
     last = log(folder)[-1]
     assert last["skipped/loss_scaling"] > 5 and last["skipped/not_finite"] == 0
-    assert last["loss_scale"] < 2.0**40
+    assert last["precision/loss_scale"] < 2.0**40
     faults.injected("loss scale too large")
 
 
