@@ -28,10 +28,13 @@ def keep_pages() -> None:
     os.execv(sys.executable, [sys.executable, "-m", "harmony_fast.engine.cli", *sys.argv[1:]])
 
 
-def host_memory() -> float:
-    """Bytes of memory that this machine, or the container this runs in, has."""
-    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-            size = min(size, int(text))
-    return float(size)
+def host_memory() -> int:
+    """Bytes of memory that this machine has, or less where a control group limits it."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limit = Path(path).read_text().strip()
+        except OSError:
+            continue
+        memory = min(memory, int(limit)) if limit.isdecimal() else memory
+    return memory

@@ -104,17 +104,14 @@ class Log:
 
 
 def _cut(path: Path, done: int) -> None:
-    """Forget logged steps after the checkpoint that the run goes on from; a half-written last line goes too."""
+    """Forget logged steps after the checkpoint that the run goes on from; half-written lines go too."""
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if entry["step"] <= done:
-            kept.append(line + "\n")
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, KeyError, TypeError):  # damaged
+            if json.loads(line)["step"] <= done:
+                kept.append(line + "\n")
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)

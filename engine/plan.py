@@ -156,6 +156,10 @@ class Planner:
             raise UserError(_nothing_fits(smallest, budget))
         return sorted(found.values(), key=lambda plan: plan.cost)[:count]
 
+    def forget_estimates(self) -> None:
+        """After `rates` were changed."""
+        self.__dict__.pop("_estimates", None)
+
     def examine(self, *choices: dict[str, Any]) -> list[Plan]:
         """Some settings, their passes gone through exactly; of many micro-batches, two."""
         parts = [self._own // settings["data.micro_batch_size"] for settings in choices]

@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from ..errors import DataError
+from ..host_memory import host_memory
 from .beton_set import BetonSet, Records
 from .order import Blocks
 
@@ -49,21 +49,9 @@ class Storage(Protocol):
         """Free files and threads."""
 
 
-def memory_bytes() -> int:
-    """This machine's memory, or less where a control group limits it."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limit = Path(path).read_text().strip()
-        except OSError:
-            continue
-        memory = min(memory, int(limit)) if limit.isdecimal() else memory
-    return memory
-
-
 def fits_memory(size: int) -> bool:
     """Whether files of so many bytes may be left to the page cache."""
-    return size <= MEMORY_SHARE * memory_bytes()
+    return size <= MEMORY_SHARE * host_memory()
 
 
 class Mapped:

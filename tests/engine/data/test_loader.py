@@ -321,7 +321,7 @@ def test_quasi_random_order_through_the_loader(parts: list[Path], reading: str) 
 def test_files_larger_than_memory_are_read_directly(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Loader(beton, VIEWS, batch_size=8, seed=11) as loader:
         assert (loader.order_kind, loader.reading) == ("random", "page_cache")
-    monkeypatch.setattr(reading_module, "memory_bytes", lambda: beton.stat().st_size)
+    monkeypatch.setattr(reading_module, "host_memory", lambda: beton.stat().st_size)
     with Loader(beton, VIEWS, batch_size=8, seed=11) as loader:
         assert (loader.order_kind, loader.reading) == ("quasi_random", "direct")
         assert len(list(loader.epoch(0))) == 3
