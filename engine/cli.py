@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -144,16 +145,45 @@ def measure(out: Path, config: Annotated[Path | None, typer.Argument()] = None) 
 
 @app.command()
 def evaluate(
-    run: Run,
+    run: Annotated[Path, typer.Argument(help="A run folder, or what export wrote.")],
     tasks: Annotated[
-        list[str] | None, typer.Argument(help="zero-shot, retrieval, knn (default: all), and evaluate.key=value.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[TASK]... [KEY=VALUE]...",
+            help="zero-shot, retrieval, knn (these three by default), linear, few-shot, finetune, segmentation; and "
+            "settings such as evaluate.neighbours=20.",
+        ),
     ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="What to evaluate on: a folder of classes, tars, a karpathy .json, a .beton; repeatable."),
+    ] = None,
+    bank: Annotated[list[str] | None, typer.Option(help="Labelled samples to learn from, likewise.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images that a karpathy .json names.")] = None,
+    classes: Annotated[str | None, typer.Option(help="Class names: imagenet, or a file.")] = None,
+    templates: Annotated[str | None, typer.Option(help="Prompts: imagenet, simple, or a file with one a line.")] = None,
+    branch: Annotated[str | None, typer.Option(help="teacher or student.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Processes that share the encoding, one per GPU.")] = None,
 ) -> None:
-    """Zero-shot classification, retrieval, nearest neighbours; writes metrics.json."""
+    """Zero-shot, retrieval, neighbours, linear probe, few-shot, finetuning, segmentation; writes metrics.json."""
+    from .distributed import join, launch, leave, started_by_launcher
     from .evaluate import evaluate_run
+    from .evaluate.share import Share
 
+    if gpus and gpus > 1 and not started_by_launcher():
+        launch(gpus, sys.argv[1:])
+        return
+    given = {"data": data, "bank": bank, "images": images and str(images), "classes": classes, "templates": templates,
+             "branch": branch}  # fmt: skip
     words = tasks or []
-    evaluate_run(run, [w for w in words if "=" not in w], [w for w in words if "=" in w])
+    settings = [f"evaluate.{key}={json.dumps(value)}" for key, value in given.items() if value]
+    settings += [word for word in words if "=" in word]
+    ranks = join() if started_by_launcher() else None
+    share = Share(ranks.rank, ranks.world_size) if ranks else Share()
+    evaluate_run(run, [word for word in words if "=" not in word], settings, share)
+    if ranks:
+        ranks.barrier()
+        leave()
 
 
 @app.command()

@@ -25,6 +25,7 @@ from ..harmony.config import Config, Fraction
 from ..harmony.model import MethodConfig
 from .data.augment import AugmentConfig
 from .errors import UserError
+from .evaluate_config import EvaluateConfig
 from .sizes import size_of
 from .stopping import seconds_of
 
@@ -160,24 +161,6 @@ class CheckpointingConfig(Config):
     """Every how many blocks of the text tower and of the masked-word decoder."""
 
 
-class EvaluateConfig(Config):
-    """Labelled sets for `harmony-fast evaluate` and the report."""
-
-    data: list[str] = Field(default=[])
-    """Webdataset tars with captions and labels: the queries."""
-    bank: list[str] = Field(default=[])
-    """Webdataset tars: the labelled bank of the nearest-neighbour classifier."""
-    class_key: str = "name"
-    """Label that zero-shot classification predicts, as text."""
-    group_key: str = "subcategory"
-    """Label that the nearest-neighbour classifier predicts."""
-    templates: list[str] = Field(default=["{}"])
-    """Prompts of the zero-shot classifier; {} stands for the class."""
-    neighbours: PositiveInt = 10
-    branch: Literal["teacher", "student"] = "teacher"
-    """Which weights to evaluate: the EMA teacher's, where there is one, or the student's."""
-
-
 class RunConfig(MethodConfig):
     """Everything a run depends on."""
 
@@ -293,13 +276,6 @@ class RunConfig(MethodConfig):
         for message, applies in refused.items():
             if applies:
                 raise ValueError(message)
-        return self
-
-    @model_validator(mode="after")
-    def _templates_have_a_place(self) -> RunConfig:
-        for template in self.evaluate.templates:
-            if "{}" not in template:
-                raise ValueError(f"evaluate.templates: '{template}' has no {{}} for the class name")
         return self
 
 

@@ -188,8 +188,19 @@ class ImageEncoder(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Whole images of any side, for evaluation: [B, 3, H, W] -> [B, 1 + P, D], after the final norm."""
+        return self.last_blocks(images, 1)[-1]
+
+    def last_blocks(self, images: Tensor, count: int) -> list[Tensor]:
+        """What the last `count` blocks make of whole square images, each after the final norm: [B, 1 + P, D] each."""
         tokens = self._with_class(self.embed(images) + self._positions(images.shape[-1] // self.config.patch_size))
-        return self.encode(*pack_dense([tokens])).unflatten(0, tokens.shape[:2])
+        shape = tokens.shape[:2]
+        x, layout = pack_dense([tokens])
+        kept = []
+        for i, block in enumerate(self.blocks):
+            x = run_block(block, i, self.checkpoint_every, x, layout)
+            if i >= len(self.blocks) - count:
+                kept.append(self.norm(x).unflatten(0, shape))
+        return kept
 
     def project(self, class_token: Tensor) -> Tensor:
         """To the joint space, not normalised: [..., D] -> [..., E]."""

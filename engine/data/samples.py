@@ -15,7 +15,8 @@ from ..errors import DataError
 from .images import Rejected
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif")
-WANTED = frozenset((*IMAGES, "txt", "json"))
+WANTED = frozenset((*IMAGES, "txt", "json", "cls"))
+"""Extensions of the files that matter; `.cls` holds a class number in tars made for classification."""
 MAX_FILE = 128 << 20
 """Bytes of the largest image or text file that is read."""
 TOO_LARGE = f"file larger than {MAX_FILE >> 20} MiB"
@@ -90,9 +91,10 @@ class FileSample:
         return content
 
     def labels(self) -> dict[str, Any]:
-        """The object in the `.json`, over what is known from beside. Raises Rejected."""
+        """The object in the `.json`, over the `.cls`, over what is known from beside. Raises Rejected."""
         content = self._json()
-        return {**self.beside, **content} if isinstance(content, dict) else self.beside
+        number = {"cls": self.files["cls"].decode("utf-8", "replace").strip()} if "cls" in self.files else {}
+        return {**self.beside, **number, **(content if isinstance(content, dict) else {})}
 
     def _json(self) -> Any:
         try:

@@ -39,6 +39,14 @@ def tokenize(caption: str, context: int, tokenizer: str = CLIP) -> tuple[np.ndar
     return tokens, len(words) > context - 2
 
 
+def text_of(tokens: np.ndarray, tokenizer: str = CLIP) -> str:
+    """The words of one caption, int32 [context]: what `tokenize` makes the same ids of (it writes in small letters)."""
+    encoder = _tokenizer(tokenizer)
+    special = set(encoder.all_special_ids)
+    words = [i for i in tokens[: int(tokens.argmax())].tolist() if i not in special]
+    return encoder.decode(words).strip()
+
+
 @cache
 def _tokenizer(name: str) -> SimpleTokenizer:
     from open_clip.tokenizer import SimpleTokenizer  # seconds: only those who tokenise pay them

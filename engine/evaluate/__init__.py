@@ -1,9 +1,10 @@
-"""Evaluation: one file per task; this file runs them on a run folder and writes metrics.json."""
+"""Evaluation: one file per task; this file runs them on a run folder or an exported file and writes metrics.json."""
 
 from __future__ import annotations
 
 import json
-from functools import partial
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +15,48 @@ from rich.table import Table
 from ...harmony.model import Branch, Harmony
 from ..checkpoint import load_run
 from ..config import RunConfig, with_overrides
-from ..data.labelled import LabelledSample, read_labelled
+from ..data.labelled import LabelledSample
+from ..data.pictures import PictureSet, Reading, open_pictures
 from ..errors import UserError
-from .features import class_tokens, image_embeddings, text_embeddings
+from .classes import class_names, labels_of, several_classes
+from .features import Features, Towers, extract, image_embeddings, text_embeddings
+from .few_shot import few_shot
 from .knn import knn
+from .linear import inputs, linear
 from .retrieval import retrieval
+from .share import ALONE, Share
 from .zero_shot import class_weights, zero_shot
 
-TASKS = ("zero-shot", "retrieval", "knn")
 
+def evaluate_run(path: Path, tasks: list[str], overrides: list[str], share: Share = ALONE) -> dict[str, Any]:
+    """Run tasks (the quick ones that this run can do, if none is named); write and return the metrics.
 
-def evaluate_run(run_dir: Path, tasks: list[str], overrides: list[str]) -> dict[str, Any]:
-    """Run tasks (all that this run can do, if none is named) on the newest checkpoint; write and return the metrics.
-
-    overrides: `evaluate.key=value`. Raises UserError for an unknown task, missing data, or a task the run cannot do.
+    path: a run folder, of which the newest checkpoint is taken, or what `harmony-fast export` wrote. overrides:
+    `evaluate.key=value`. Raises UserError for an unknown task, missing data, or a task the run cannot do.
     """
     for task in tasks:
         if task not in TASKS:
             raise UserError(f"unknown task '{task}'; one of {', '.join(TASKS)}")
-    config, model = load_run(run_dir, "cuda" if torch.cuda.is_available() else "cpu")
-    config = with_overrides(config, overrides)
-    metrics = evaluate_model(config, model, tasks)
-    path = run_dir / "metrics.json"
-    path.write_text(json.dumps({**known_metrics(path), **metrics}, indent=1) + "\n")
-    Console().print(as_table(metrics))
+    config, towers = load_towers(path, overrides)
+    metrics = evaluate_towers(config, towers, tasks, share)
+    if share.is_main:
+        file = (path if path.is_dir() else path.parent) / "metrics.json"
+        temporary = file.with_name("metrics.json.tmp")
+        try:
+            temporary.write_text(json.dumps({**known_metrics(file), **metrics}, indent=1) + "\n", encoding="utf-8")
+            temporary.replace(file)
+        except OSError as error:
+            raise UserError(f"{file}: cannot be written: {error.strerror}") from None
+        Console().print(as_table(metrics))
     return metrics
+
+
+def load_towers(path: Path, overrides: list[str]) -> tuple[RunConfig, Towers]:
+    """Configuration and towers of a run folder or of an exported file or folder, on the GPU if there is one."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    config, model = load_run(path, device)
+    config = with_overrides(config, overrides)
+    return config, choose_branch(config, model)
 
 
 def known_metrics(path: Path) -> dict[str, Any]:
@@ -52,35 +70,134 @@ def known_metrics(path: Path) -> dict[str, Any]:
 
 def evaluate_model(config: RunConfig, model: Harmony, tasks: list[str]) -> dict[str, Any]:
     """The metrics of one branch of a model. Shape of the result: see `TASKS`, one entry per task."""
-    branch = choose_branch(config, model)
-    samples = read_labelled(require(config.evaluate.data, "evaluate.data"))
-    tokens = class_tokens(branch, samples, config)
-    metrics: dict[str, Any] = {}
-    if wanted("zero-shot", tasks, branch.text is not None and branch.image.contrastive_projection is not None):
-        metrics["zero_shot"] = run_zero_shot(config, branch, samples, tokens)
-    if wanted("retrieval", tasks, branch.text is not None and branch.image.contrastive_projection is not None):
-        captions = [sample.caption for sample in samples]
-        texts = text_embeddings(branch, captions, config)
-        metrics["retrieval"] = retrieval(image_embeddings(branch, tokens), texts, captions)
-    if wanted("knn", tasks, bool(config.evaluate.bank)):
-        bank = read_labelled(require(config.evaluate.bank, "evaluate.bank"))
-        key = config.evaluate.group_key
-        metrics["knn"] = knn(
-            tokens, labels(samples, key), class_tokens(branch, bank, config), labels(bank, key),
-            config.evaluate.neighbours,
-        )  # fmt: skip
-    return metrics
+    return evaluate_towers(config, choose_branch(config, model), tasks)
 
 
-def run_zero_shot(
-    config: RunConfig, branch: Branch, samples: list[LabelledSample], tokens: torch.Tensor
-) -> dict[str, float]:
-    """Zero-shot over all class names that occur in the samples."""
-    names = labels(samples, config.evaluate.class_key)
-    classes = list(dict.fromkeys(names))
-    embed = partial(text_embeddings, branch, config=config)
-    weights = class_weights(embed, classes, config.evaluate.templates)
-    return zero_shot(image_embeddings(branch, tokens), weights, names, classes)
+def evaluate_towers(config: RunConfig, towers: Towers, tasks: list[str], share: Share = ALONE) -> dict[str, Any]:
+    """The metrics of the named tasks, or of the quick ones that can be done. All ranks must call."""
+    work = Evaluation(config, towers, share, tasks)
+    if not tasks:
+        require(config.evaluate.data, "evaluate.data")
+    chosen = tasks or [task for task in QUICK if work.can(task)]
+    return {task.replace("-", "_"): TASKS[task](work) for task in chosen}
+
+
+class Evaluation:
+    """What the tasks of one call share: each set goes through the tower once."""
+
+    def __init__(self, config: RunConfig, towers: Towers, share: Share, tasks: list[str]) -> None:
+        if towers.image is None:
+            raise UserError("this run trained no image encoder")
+        self.config, self.towers, self.share = config, towers, share
+        self._blocks = config.evaluate.linear.blocks if "linear" in tasks else 1
+
+    def pictures(self, key: str) -> PictureSet:
+        """The set that `evaluate.data` or `evaluate.bank` names. Raises UserError."""
+        settings = self.config.evaluate
+        sources = require(getattr(settings, key), f"evaluate.{key}")
+        keys = (settings.class_key, settings.group_key)
+        return open_pictures(sources, Reading(keys, settings.images, settings.split, self.config.data.tokenizer))
+
+    @cached_property
+    def data(self) -> Features:
+        """What is evaluated on."""
+        return self._extract("data")
+
+    @cached_property
+    def bank(self) -> Features:
+        """Labelled samples to learn from."""
+        return self._extract("bank")
+
+    def _extract(self, key: str) -> Features:
+        pictures = self.pictures(key)
+        return extract(self.towers, pictures, self.config, self._blocks, self.share, self.share.is_main)
+
+    @cached_property
+    def embed(self) -> Callable[[list[str]], torch.Tensor]:
+        """Texts to unit vectors."""
+        return partial(text_embeddings, self.towers, config=self.config)
+
+    @property
+    def joint(self) -> bool:
+        """Whether images and texts have a joint space."""
+        return self.towers.text is not None and self.towers.image.contrastive_projection is not None
+
+    def can(self, task: str) -> bool:
+        """Whether there is all that a task needs, when none was named."""
+        if task == "knn":
+            return bool(self.config.evaluate.bank)
+        if task == "retrieval":
+            return self.joint and all(self.data.captions)
+        return self.joint and self.config.evaluate.class_key in self.data.labels[0]
+
+    def require_joint(self, task: str) -> None:
+        """Raises UserError without a joint space."""
+        if not self.joint:
+            raise UserError(f"this run cannot do {task}: it needs the contrastive objective, which trains both towers")
+
+    def labelled(self, task: str) -> tuple[list[str], list[str]]:
+        """`evaluate.group_key` of the bank and of the data. Raises UserError where there is none, or one class."""
+        key = self.config.evaluate.group_key
+        if not self.config.evaluate.bank:
+            raise UserError(f"this run cannot do {task}: evaluate.bank names no labelled samples to learn from")
+        known, asked = labels_of(self.bank, key), labels_of(self.data, key)
+        several_classes(known, task, key)
+        if not set(known) & set(asked):
+            raise UserError(f"no {key} of evaluate.data occurs in evaluate.bank: {asked[0]!r} against {known[0]!r}")
+        return known, asked
+
+
+def run_zero_shot(work: Evaluation) -> dict[str, Any]:
+    """Zero-shot over all class names that occur in the samples, or that `evaluate.classes` gives them."""
+    work.require_joint("zero-shot")
+    settings = work.config.evaluate
+    labels = labels_of(work.data, settings.class_key)
+    several_classes(labels, "zero-shot", settings.class_key)
+    by_label = class_names(labels, settings.classes)
+    weights = class_weights(work.embed, list(by_label.values()), settings.templates)
+    return zero_shot(image_embeddings(work.towers, work.data.last), weights, labels, list(by_label))
+
+
+def run_retrieval(work: Evaluation) -> dict[str, Any]:
+    """Retrieval over all images and all their captions."""
+    work.require_joint("retrieval")
+    for name, captions in zip(work.data.names, work.data.captions, strict=True):
+        if not captions:
+            raise UserError(f"{name} has no caption: retrieval needs one of every image")
+    captions = [caption for of_image in work.data.captions for caption in of_image]
+    owners = [i for i, of_image in enumerate(work.data.captions) for _ in of_image]
+    images = image_embeddings(work.towers, work.data.last)
+    return retrieval(images, work.embed(captions), captions, owners, work.data.own_captions)
+
+
+def run_knn(work: Evaluation) -> dict[str, Any]:
+    """Nearest neighbours of the data in the bank."""
+    known, asked = work.labelled("knn")
+    return knn(work.data.last, asked, work.bank.last, known, work.config.evaluate.neighbours)
+
+
+def run_linear(work: Evaluation) -> dict[str, Any]:
+    """A linear probe, trained on the bank."""
+    known, asked = work.labelled("linear")
+    settings, device = work.config.evaluate.linear, work.towers.image.cls_token.device
+    return linear(inputs(work.bank, settings), known, inputs(work.data, settings), asked, settings, device)
+
+
+def run_few_shot(work: Evaluation) -> dict[str, Any]:
+    """Logistic regression on a few samples of the bank."""
+    known, asked = work.labelled("few-shot")
+    return few_shot(work.bank.last, known, work.data.last, asked, work.config.evaluate.few_shot)
+
+
+TASKS: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
+    "zero-shot": run_zero_shot,
+    "retrieval": run_retrieval,
+    "knn": run_knn,
+    "linear": run_linear,
+    "few-shot": run_few_shot,
+}
+QUICK = ("zero-shot", "retrieval", "knn")
+"""What runs when no task is named."""
 
 
 def choose_branch(config: RunConfig, model: Harmony) -> Branch:
@@ -92,15 +209,8 @@ def choose_branch(config: RunConfig, model: Harmony) -> Branch:
     return branch
 
 
-def wanted(task: str, tasks: list[str], possible: bool) -> bool:
-    """Whether to run a task: named and possible, or none named and possible."""
-    if task in tasks and not possible:
-        raise UserError(f"this run cannot do {task}: it needs the contrastive objective (knn: evaluate.bank)")
-    return possible and (not tasks or task in tasks)
-
-
 def labels(samples: list[LabelledSample], key: str) -> list[str]:
-    """One label of every sample, as text."""
+    """One label of every sample in memory, as text."""
     for sample in samples:
         if key not in sample.labels:
             raise UserError(f"sample {sample.key} has no label '{key}'; it has: {', '.join(sample.labels) or 'none'}")
@@ -110,15 +220,23 @@ def labels(samples: list[LabelledSample], key: str) -> list[str]:
 def require(sources: list[str], key: str) -> list[str]:
     """The sources, which must be there."""
     if not sources:
-        raise UserError(f"{key} is empty: name the tars to evaluate on, e.g. {key}=[demo/twemoji.tar]")
+        raise UserError(f"{key} is empty: name what to read, e.g. {key}=[demo/twemoji.tar]")
     return sources
 
 
 def as_table(metrics: dict[str, Any]) -> Table:
-    """For the terminal."""
+    """For the terminal: fractions in percent, words as they are."""
     table = Table("task", "metric", "%", title="evaluation")
     for task, values in metrics.items():
-        for name, value in values.items():
-            for k, v in value.items() if isinstance(value, dict) else [(None, value)]:
-                table.add_row(task, name if k is None else f"{name} {k}", f"{100 * v:.2f}")
+        for name, value in _leaves(values):
+            table.add_row(task, name, value if isinstance(value, str) else f"{100 * value:.2f}")
     return table
+
+
+def _leaves(tree: dict[str, Any], path: str = "") -> list[tuple[str, Any]]:
+    """Values of nested mappings with their paths in words."""
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        name = f"{path} {key}".strip()
+        found += _leaves(value, name) if isinstance(value, dict) else [(name, value)]
+    return found

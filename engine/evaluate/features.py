@@ -1,78 +1,191 @@
-"""From labelled samples to the features that the tasks share.
+"""From pictures to the features that the tasks share: batched, decoded ahead by threads, on one rank or several.
 
-Letters in shapes: n samples, D width of the image encoder, E width of the joint space, C context length.
+Letters in shapes: n samples, b blocks, D width of the image encoder, E width of the joint space, P patches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from ...harmony.model import Branch
+from ...harmony.image_encoder import ImageEncoder
+from ...harmony.text_encoder import TextEncoder
 from ..config import RunConfig
 from ..data.labelled import LabelledSample
-from ..errors import UserError
+from ..data.pictures import LeftOut, Picture, PictureSet, decoded
+from ..data.tokens import tokenizer_options
+from ..errors import DataError, UserError
+from .share import ALONE, Share
 
-BATCH = 256
+
+class Towers(Protocol):
+    """What is evaluated: a branch of a model, or what was exported of one."""
+
+    image: ImageEncoder | None
+    text: TextEncoder | None
+
+
+@dataclass(frozen=True)
+class Features:
+    """A set as the image encoder sees it, with what is known of each sample; on the host, fp32."""
+
+    name: str
+    """Of the set."""
+    tokens: Tensor
+    """[n, b, D]: class tokens of the last b blocks, each after the final norm; the last block's at the end"""
+    patches: Tensor
+    """[n, D]: mean of the last block's patch tokens"""
+    names: list[str]
+    captions: list[tuple[str, ...]]
+    labels: list[dict[str, Any]]
+    own_captions: bool
+    left_out: int
+    """Pictures that could not be decoded."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def last(self) -> Tensor:
+        """Class tokens of the last block: [n, D]."""
+        return self.tokens[:, -1]
+
+
+def resized(image: Image.Image, size: int) -> Image.Image:
+    """The shorter side becomes `size` pixels (bicubic); the longer one is rounded down, as torchvision does."""
+    short = min(image.size)
+    sides = [size if side == short else int(size * side / short) for side in image.size]
+    return image.resize(sides, Image.Resampling.BICUBIC)
+
+
+def normalised(image: Image.Image, config: RunConfig) -> Tensor:
+    """float32 [3, H, W], with the run's mean and deviation."""
+    augment = config.data.augment
+    return TF.normalize(
+        TF.to_dtype(TF.to_image(image), torch.float32, scale=True), list(augment.mean), list(augment.std)
+    )
 
 
 def pixels(image: Image.Image, config: RunConfig) -> Tensor:
-    """Shorter side resized to the global crop (bicubic, antialiased), centre crop, normalised: [3, H, W]."""
-    size, augment = config.views.global_size, config.data.augment
-    scale = size / min(image.size)
-    resized = image.resize([max(round(s * scale), size) for s in image.size], Image.Resampling.BICUBIC)
-    cropped = TF.center_crop(TF.to_dtype(TF.to_image(resized), torch.float32, scale=True), [size, size])
-    return TF.normalize(cropped, list(augment.mean), list(augment.std))
+    """Shorter side resized to the global crop, centre crop, normalised: [3, H, W]. timm and open_clip do the same."""
+    size = config.views.global_size
+    return normalised(TF.center_crop(resized(image, size), [size, size]), config)
+
+
+def extract(
+    towers: Towers, pictures: PictureSet, config: RunConfig, blocks: int = 1, share: Share = ALONE, shown: bool = True
+) -> Features:
+    """The features of a set; on several ranks each encodes its share, and all get everything.
+
+    What cannot be decoded is left out, with a line that names it. Raises UserError where nothing is left, or features
+    are not finite; DataError where the set cannot be read.
+    """
+    if blocks > len(towers.image.blocks):
+        raise UserError(f"features of {blocks} blocks asked for, the image tower has {len(towers.image.blocks)}")
+    left_out = LeftOut()
+    stream = decoded(
+        share.of(pictures.read()), lambda image: pixels(image, config), config.evaluate.workers, left_out
+    )  # fmt: skip
+    total = None if pictures.count is None else share.count(pictures.count)
+    batches = _batches(_shown(stream, f"reading {pictures.name}", total, shown), config.evaluate.batch_size)
+    encoded = list(_encoded(towers.image, batches, blocks))
+    found = [picture for batch, *_ in encoded for picture in batch]
+    tokens = torch.cat([e[1] for e in encoded]) if encoded else torch.empty(0, blocks, config.model.image.width)
+    patches = torch.cat([e[2] for e in encoded]) if encoded else torch.empty(0, config.model.image.width)
+    for line in left_out.lines():
+        print(line, file=sys.stderr)
+    known = share.merged([(picture.name, picture.captions, dict(picture.labels)) for picture in found])
+    missing = sum(share.merged([left_out.reasons.total()]))
+    if not known:
+        reasons = f" ({left_out.names[0]})" if left_out.names else ""
+        raise DataError(f"{pictures.name}: no picture in it is usable{reasons}")
+    names, captions, labels = (list(column) for column in zip(*known, strict=True))
+    return Features(
+        pictures.name, finite(share.gathered(tokens), "image features"), share.gathered(patches), names, captions,
+        labels, pictures.own_captions, missing,
+    )  # fmt: skip
 
 
 @torch.inference_mode()
-def class_tokens(branch: Branch, samples: list[LabelledSample], config: RunConfig) -> Tensor:
-    """The image encoder's class tokens, after the final norm: [n, D] on the host."""
-    device = branch.image.cls_token.device
+def _encoded(
+    encoder: ImageEncoder, batches: Iterable[list[tuple[Picture, Tensor]]], blocks: int
+) -> Iterator[tuple[list[Picture], Tensor, Tensor]]:
+    """Pictures, class tokens [B, b, D] and mean patch tokens [B, D] of each batch."""
+    device = encoder.cls_token.device
+    for batch in batches:
+        images = torch.stack([image for _, image in batch]).to(device, non_blocking=True)
+        last = encoder.last_blocks(images, blocks)
+        tokens = torch.stack([features[:, 0] for features in last], 1).float().cpu()
+        yield [picture for picture, _ in batch], tokens, last[-1][:, 1:].mean(1).float().cpu()
+
+
+def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    batch: list[Any] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _shown(items: Iterable[Any], what: str, total: int | None, shown: bool) -> Iterator[Any]:
+    """The items, with a progress bar on a terminal."""
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bar:
+        yield from bar.track(items, total=total, description=what)
+
+
+@torch.inference_mode()
+def class_tokens(towers: Towers, samples: list[LabelledSample], config: RunConfig) -> Tensor:
+    """The image encoder's class tokens of samples in memory, after the final norm: [n, D] on the host."""
+    device = towers.image.cls_token.device
     parts = []
-    for chunk in _chunks(samples):
+    for chunk in _batches(samples, config.evaluate.batch_size):
         images = torch.stack([pixels(sample.image, config) for sample in chunk]).to(device)
-        parts.append(branch.image.features(images)[:, 0].float().cpu())
-    return _finite(torch.cat(parts), "image features")
+        parts.append(towers.image.features(images)[:, 0].float().cpu())
+    return finite(torch.cat(parts), "image features")
 
 
 @torch.inference_mode()
-def image_embeddings(branch: Branch, tokens: Tensor) -> Tensor:
+def image_embeddings(towers: Towers, tokens: Tensor) -> Tensor:
     """Class tokens [n, D] to unit vectors of the joint space [n, E]."""
-    device = branch.image.cls_token.device
-    return F.normalize(branch.image.project(tokens.to(device)).float(), dim=-1).cpu()
+    device = towers.image.cls_token.device
+    return F.normalize(towers.image.project(tokens.to(device)).float(), dim=-1).cpu()
 
 
 @torch.inference_mode()
-def text_embeddings(branch: Branch, texts: list[str], config: RunConfig) -> Tensor:
+def text_embeddings(towers: Towers, texts: list[str], config: RunConfig) -> Tensor:
     """Texts to unit vectors of the joint space: [n, E] on the host."""
-    device = branch.text.positional_embedding.device
+    device = towers.text.positional_embedding.device
+    encode = _tokenizer(config.model.text.context, config.data.tokenizer)
     parts = []
-    for chunk in _chunks(texts):
-        tokens = _tokenizer(config.model.text.context)(list(chunk)).to(device)
-        parts.append(F.normalize(branch.text.embed(tokens).float(), dim=-1).cpu())
-    return _finite(torch.cat(parts), "text embeddings")
+    for chunk in _batches(texts, config.evaluate.batch_size):
+        parts.append(F.normalize(towers.text.embed(encode(chunk).to(device)).float(), dim=-1).cpu())
+    return finite(torch.cat(parts), "text embeddings")
 
 
 @lru_cache(maxsize=2)
-def _tokenizer(context: int):
+def _tokenizer(context: int, name: str):
     from open_clip.tokenizer import SimpleTokenizer
 
-    return SimpleTokenizer(context_length=context)
+    return SimpleTokenizer(context_length=context, **tokenizer_options(name))
 
 
-def _chunks(items: list) -> Iterator[list]:
-    for start in range(0, len(items), BATCH):
-        yield items[start : start + BATCH]
-
-
-def _finite(features: Tensor, what: str) -> Tensor:
+def finite(features: Tensor, what: str) -> Tensor:
     """Comparisons with NaN are all false, which would rank every answer first."""
     if not features.isfinite().all():
         raise UserError(f"the {what} of this checkpoint are not finite")

@@ -2,20 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import UserError
+from .classes import read_lines
 from .ranking import ranks_of_best, same, share_within
 
+CLASSES_AT_ONCE = 64
 
-def class_weights(embed, classes: list[str], templates: list[str]) -> Tensor:
+
+def prompts(templates: list[str] | str) -> list[str]:
+    """Templates with {} for the class. A name: those that open_clip ships, or a file with one a line."""
+    if isinstance(templates, list):
+        return templates
+    from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+
+    shipped = {"imagenet": OPENAI_IMAGENET_TEMPLATES, "simple": SIMPLE_IMAGENET_TEMPLATES}
+    if templates in shipped:
+        return [template("{}") for template in shipped[templates]]
+    if "{}" in templates:
+        return [templates]
+    if not Path(templates).is_file():
+        raise UserError(f"evaluate.templates: '{templates}' is neither imagenet nor simple nor a file")
+    lines = [line.replace("{c}", "{}") for line in read_lines(Path(templates), "evaluate.templates")]
+    for line in lines:
+        if "{}" not in line:
+            raise UserError(f"{templates}: '{line}' has no {{}} for the class name")
+    return lines
+
+
+def class_weights(embed: Callable[[list[str]], Tensor], classes: list[str], templates: list[str] | str) -> Tensor:
     """One unit vector per class, the mean over prompts: [classes, E]. embed: texts -> unit vectors [n, E]."""
-    by_template = [embed([template.replace("{}", name) for name in classes]) for template in templates]
-    return F.normalize(torch.stack(by_template).mean(0), dim=-1)
+    ways = prompts(templates)
+    parts = []
+    for first in range(0, len(classes), CLASSES_AT_ONCE):
+        names = classes[first : first + CLASSES_AT_ONCE]
+        embedded = embed([template.replace("{}", name) for name in names for template in ways])
+        parts.append(embedded.unflatten(0, (len(names), len(ways))).mean(1))
+    return F.normalize(torch.cat(parts), dim=-1)
 
 
 def zero_shot(images: Tensor, weights: Tensor, labels: list[str], classes: list[str]) -> dict[str, float]:
-    """Top-1 and top-10 accuracy. images: unit vectors [n, E]; weights: [classes, E]; labels: the n true classes."""
-    ranks = ranks_of_best(images @ weights.T, same(labels, classes))
-    return {"top1": share_within(ranks, 1), "top10": share_within(ranks, 10)}
+    """Top-1, top-5 and top-10 accuracy, and the mean over classes of the top-1 accuracy.
+
+    images: unit vectors [n, E]; weights: [classes, E]; labels: the n true classes.
+    """
+    chunks = zip(images.split(4096), _split(labels, 4096), strict=True)
+    ranks = torch.cat([ranks_of_best(chunk @ weights.T, same(truth, classes)) for chunk, truth in chunks])
+    by_class: dict[str, list[bool]] = {}
+    for label, right in zip(labels, (ranks < 1).tolist(), strict=True):
+        by_class.setdefault(label, []).append(right)
+    mean = sum(sum(rights) / len(rights) for rights in by_class.values()) / len(by_class)
+    return {f"top{k}": share_within(ranks, k) for k in (1, 5, 10)} | {"mean_per_class": mean}
+
+
+def _split(items: list[str], size: int) -> list[list[str]]:
+    return [items[first : first + size] for first in range(0, len(items), size)]

@@ -10,10 +10,11 @@ import torch
 from harmony_fast.engine.config import dump_config, parse_config
 from harmony_fast.engine.errors import UserError
 from harmony_fast.engine.evaluate import evaluate_run
-from harmony_fast.engine.evaluate.features import _finite
+from harmony_fast.engine.evaluate.features import finite
 from harmony_fast.engine.evaluate.knn import TEMPERATURE, knn
 from harmony_fast.engine.evaluate.ranking import ranks_of_best, same
 from harmony_fast.engine.evaluate.retrieval import retrieval
+from harmony_fast.engine.evaluate.share import Share
 from harmony_fast.engine.evaluate.zero_shot import class_weights, zero_shot
 from harmony_fast.harmony.model import Harmony
 from hypothesis import given
@@ -36,7 +37,7 @@ def test_zero_shot_is_scikit_learns_top_k(n: int, seed: int) -> None:
     truth = np.arange(n) % 12
     ours = zero_shot(images, weights, [classes[t] for t in truth], classes)
     scores = (images @ weights.T).numpy()
-    for k in (1, 10):
+    for k in (1, 5, 10):
         assert ours[f"top{k}"] == pytest.approx(top_k_accuracy_score(truth, scores, k=k, labels=range(12)))
 
 
@@ -65,10 +66,10 @@ def test_a_collapsed_model_scores_nothing() -> None:
     """Equal scores everywhere must rank last, not first."""
     same_everywhere = torch.ones(20, 4) / 2
     names = [str(i) for i in range(20)]
-    assert zero_shot(same_everywhere, same_everywhere, names, names) == {"top1": 0, "top10": 0}
+    assert set(zero_shot(same_everywhere, same_everywhere, names, names).values()) == {0}
     assert retrieval(same_everywhere, same_everywhere, names)["image_to_text"] == {"r1": 0, "r5": 0, "r10": 0}
     with pytest.raises(UserError, match="not finite"):
-        _finite(torch.tensor([1.0, float("nan")]), "features")
+        finite(torch.tensor([1.0, float("nan")]), "features")
 
 
 def test_equal_captions_answer_each_other() -> None:
@@ -80,6 +81,17 @@ def test_prompts_are_averaged() -> None:
     table = {"a cat": [1.0, 0.0], "the cat": [0.0, 1.0]}
     weights = class_weights(lambda texts: torch.tensor([table[t] for t in texts]), ["cat"], ["a {}", "the {}"])
     torch.testing.assert_close(weights, torch.full((1, 2), 0.5**0.5))
+
+
+def save_run(folder: Path, raw: dict) -> Path:
+    """A run folder with an untrained model."""
+    config = parse_config(raw, "test")
+    checkpoint = folder / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint.parent / "latest").write_text(checkpoint.name)
+    (folder / "config.yaml").write_text(dump_config(config))
+    save_file(Harmony(config).state_dict(), checkpoint / "weights.safetensors")
+    return folder
 
 
 @pytest.fixture
@@ -97,20 +109,14 @@ def run_folder(
         ]
     path = str(tar("set.tar", files))
     tiny["evaluate"] = {"data": [path], "bank": [path]}
-    config = parse_config(tiny, "test")
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
-    checkpoint.mkdir(parents=True)
-    (checkpoint.parent / "latest").write_text(checkpoint.name)
-    (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
-    save_file(Harmony(config).state_dict(), checkpoint / "weights.safetensors")
-    return tmp_path / "run"
+    return save_run(tmp_path / "run", tiny)
 
 
 def test_metrics_have_the_promised_shape(run_folder: Path) -> None:
     evaluate_run(run_folder, [], [])
     metrics = json.loads((run_folder / "metrics.json").read_text())
     recalls = {"r1", "r5", "r10"}
-    assert metrics["zero_shot"].keys() == {"top1", "top10"}
+    assert metrics["zero_shot"].keys() == {"top1", "top5", "top10", "mean_per_class"}
     assert metrics["retrieval"].keys() == {"image_to_text", "text_to_image"}
     assert all(direction.keys() == recalls for direction in metrics["retrieval"].values())
     assert metrics["knn"].keys() == {"top1"}
@@ -122,7 +128,13 @@ def test_metrics_have_the_promised_shape(run_folder: Path) -> None:
 @pytest.mark.parametrize(("tasks", "settings", "message"), [
     (["sleep"], [], "unknown task 'sleep'; one of zero-shot"),
     ([], ["evaluate.data=[]"], "evaluate.data is empty"),
-    (["knn"], ["evaluate.group_key=colour"], "has no label 'colour'; it has: name, subcategory"),
+    (["knn"], ["evaluate.group_key=colour"], "set.tar: 0 has no label 'colour'; it has: name, subcategory"),
+    (["linear"], ["evaluate.bank=[]"], "this run cannot do linear: evaluate.bank names no labelled samples"),
+    (["linear"], ["evaluate.linear.blocks=3"], "features of 3 blocks asked for, the image tower has 2"),
+    (["knn"], ["evaluate.neighbours=[5,13]"], "13 neighbours asked for (evaluate.neighbours), the bank has 12"),
+    (["few-shot"], ["evaluate.few_shot.shots=[5]"], "the class 'kind 0' has 4"),
+    (["zero-shot"], ["evaluate.templates=photos"], "'photos' is neither imagenet nor simple nor a file"),
+    (["zero-shot"], ["evaluate.classes=nowhere.txt"], "nowhere.txt: cannot be read"),
     (["knn"], ["evaluate.bank=[]"], "this run cannot do knn"),
     ([], ["evaluate.data=[nowhere.tar]"], "nowhere.tar"),
     ([], ["evaluate.dta=[x]"], "did you mean 'evaluate.data'"),
@@ -143,3 +155,68 @@ def test_what_is_no_run_is_named(tmp_path: Path, run_folder: Path) -> None:
     (run_folder / "checkpoints" / "latest").unlink()
     with pytest.raises(UserError, match="no checkpoint yet"):
         evaluate_run(run_folder, [], [])
+
+
+@pytest.fixture
+def folders(tmp_path: Path, picture: Callable[..., Image.Image], encoded: Callable[..., bytes]) -> Path:
+    """Folders `train` and `test` with subfolders for three classes of ten and four pictures."""
+    for part, count in (("train", 10), ("test", 4)):
+        for label in range(3):
+            folder = tmp_path / part / f"n{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                (folder / f"{i}.png").write_bytes(encoded(picture(100 * label + i + count, 40, 30), "PNG"))
+    return tmp_path
+
+
+def test_folders_of_classes_serve_every_task(
+    run_folder: Path, folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folders / "names.txt").write_text("cat\ndog\nhorse\n")
+    (folders / "test" / "n1" / "0.png").write_bytes(b"broken")
+    settings = [
+        f"evaluate.data={folders / 'test'}", f"evaluate.bank={folders / 'train'}",
+        f"evaluate.classes={folders / 'names.txt'}", "evaluate.templates=simple", "evaluate.neighbours=[3, 5]",
+        "evaluate.linear.epochs=2", "evaluate.linear.blocks=2", "evaluate.linear.average_patches=true",
+        "evaluate.few_shot.shots=[1, 2]",
+    ]  # fmt: skip
+    metrics = evaluate_run(run_folder, ["zero-shot", "knn", "linear", "few-shot"], settings)
+    assert metrics["zero_shot"].keys() == {"top1", "top5", "top10", "mean_per_class"}
+    assert metrics["knn"].keys() == {"k3", "k5"} and metrics["few_shot"].keys() == {"k1", "k2"}
+    assert metrics["linear"].keys() == {"top1", "top5", "lr", "top1_by_lr"}
+    said = capsys.readouterr()
+    assert f"left out: {folders / 'test' / 'n1' / '0.png'}: image not readable" in said.err
+    assert "few_shot" in said.out and "k2 top1" in said.out
+    assert json.loads((run_folder / "metrics.json").read_text()) == metrics
+    with pytest.raises(UserError, match="has no caption"):
+        evaluate_run(run_folder, ["retrieval"], settings)
+    (folders / "one").mkdir()
+    only = (folders / "test" / "n1").rename(folders / "one" / "n1")
+    with pytest.raises(UserError, match="all samples have the name 'n1'"):
+        evaluate_run(run_folder, ["zero-shot"], [f"evaluate.data={only.parent}"])
+    for file in only.iterdir():
+        file.write_bytes(b"broken")
+    with pytest.raises(UserError, match="no picture in it is usable"):
+        evaluate_run(run_folder, ["zero-shot"], [f"evaluate.data={only.parent}"])
+
+
+def encode_a_share(rank: int, run_folder: Path, store: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    evaluate_run(run_folder, [], [], Share(rank, 2))
+
+
+def test_ranks_share_the_encoding(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes get what one gets."""
+    alone = evaluate_run(run_folder, [], [])
+    (run_folder / "metrics.json").unlink()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    context = torch.multiprocessing.get_context("fork")  # not spawn: importing everything again takes a while
+    processes = [context.Process(target=encode_a_share, args=(r, run_folder, tmp_path / "store")) for r in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert json.loads((run_folder / "metrics.json").read_text()) == alone
