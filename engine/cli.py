@@ -187,6 +187,21 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Run,
+    form: Annotated[str, typer.Argument(metavar="FORMAT", help="timm, open_clip, safetensors or hf (transformers).")],
+    destination: Annotated[
+        Path | None, typer.Argument(metavar="[DEST]", help="A folder; default: RUN/export/FORMAT.")
+    ] = None,
+    branch: Annotated[str | None, typer.Option(help="teacher or student; default: the teacher, if whole.")] = None,
+) -> None:
+    """The towers as files of timm, open_clip or transformers, or plain safetensors; with a model card."""
+    from .export import export as run_export
+
+    print(run_export(run, form, destination, branch))
+
+
+@app.command()
 def convert(
     words: Annotated[
         list[str],

@@ -12,12 +12,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ...harmony.model import Branch, Harmony
+from ...harmony.model import Harmony
 from ..checkpoint import load_run
 from ..config import RunConfig, with_overrides
 from ..data.labelled import LabelledSample
 from ..data.pictures import PictureSet, Reading, open_pictures
 from ..errors import UserError
+from ..evaluated import choose_branch, known_metrics
+from ..export.metadata import exported_file, load_exported
 from .classes import class_names, labels_of, several_classes
 from .features import Features, Towers, extract, image_embeddings, text_embeddings
 from .few_shot import few_shot
@@ -54,18 +56,15 @@ def evaluate_run(path: Path, tasks: list[str], overrides: list[str], share: Shar
 def load_towers(path: Path, overrides: list[str]) -> tuple[RunConfig, Towers]:
     """Configuration and towers of a run folder or of an exported file or folder, on the GPU if there is one."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if not (path / "config.yaml").is_file() and (file := exported_file(path)) is not None:
+        config, towers = load_exported(file, device)
+        wanted = with_overrides(config, overrides)
+        if wanted.evaluate.branch != config.evaluate.branch:
+            raise UserError(f"{file}: holds the {config.evaluate.branch}, not the {wanted.evaluate.branch}")
+        return wanted, towers
     config, model = load_run(path, device)
     config = with_overrides(config, overrides)
     return config, choose_branch(config, model)
-
-
-def known_metrics(path: Path) -> dict[str, Any]:
-    """The metrics of other tasks, from earlier calls; a damaged file counts as none."""
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
 
 
 def evaluate_model(config: RunConfig, model: Harmony, tasks: list[str]) -> dict[str, Any]:
@@ -198,15 +197,6 @@ TASKS: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
 }
 QUICK = ("zero-shot", "retrieval", "knn")
 """What runs when no task is named."""
-
-
-def choose_branch(config: RunConfig, model: Harmony) -> Branch:
-    """The EMA teacher where it has an image tower (and a text tower, if the student has one), else the student."""
-    complete = model.teacher.image is not None and (model.teacher.text is not None or model.student.text is None)
-    branch = model.teacher if config.evaluate.branch == "teacher" and complete else model.student
-    if branch.image is None:
-        raise UserError("this run trained no image encoder")
-    return branch
 
 
 def labels(samples: list[LabelledSample], key: str) -> list[str]:

@@ -1,0 +1,82 @@
+"""`harmony-fast export`: the towers of a run as timm, open_clip, transformers or plain safetensors files.
+
+Each weights file says in its metadata what it was made of, so that `harmony-fast evaluate` takes it like a run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from ..errors import UserError
+from . import hf_format, open_clip_format, plain_format, timm_format
+from .card import model_card
+from .metadata import KEY, describe
+from .source import Exported, Source, read_source
+
+__all__ = ["FORMATS", "export"]
+
+FORMATS: dict[str, Callable[[Source], Exported]] = {
+    "timm": timm_format.build,
+    "open_clip": open_clip_format.build,
+    "safetensors": plain_format.build,
+    "hf": hf_format.build,
+}
+"""What each makes of a run. They raise UserError where the run cannot be expressed in that format."""
+
+
+def export(run_dir: Path, form: str, destination: Path | None = None, branch: str | None = None) -> Path:
+    """Write a run's newest weights in another library's format, with a model card; returns the weights file.
+
+    destination: a folder, new or empty or of an earlier export (default: RUN/export/FORMAT); for timm and safetensors
+    also a file to write, `x.safetensors`, beside which `x.md` and `x.json` are put. branch: teacher or student
+    (default: the one that is evaluated).
+    Raises UserError where the format is unknown, cannot hold this run, or nothing can be written there.
+    """
+    if form not in FORMATS:
+        raise UserError(f"unknown format '{form}'; one of {', '.join(FORMATS)}")
+    source = read_source(run_dir, branch)
+    destination = destination or run_dir / "export" / form
+    alone = destination.suffix == ".safetensors"
+    if alone and form in ("open_clip", "hf"):
+        raise UserError(f"{destination}: {form} needs several files; name a folder")
+    folder = destination.parent if alone else destination
+    made = FORMATS[form](source.at(folder))
+    _check_free(folder, made, alone)
+    weights = destination if alone else folder / made.weights_name
+    metadata = {"format": "pt", KEY: describe(source, form)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in made.files.items():
+            path = weights.with_suffix(".json") if alone else folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content if isinstance(content, str) else as_json(content), encoding="utf-8")
+        card = weights.with_suffix(".md") if alone else folder / "README.md"
+        card.write_text(model_card(source, form, made, weights), encoding="utf-8")
+        temporary = weights.with_name(weights.name + ".tmp")
+        save_file({name: value.contiguous().clone() for name, value in made.weights.items()}, temporary, metadata)
+        temporary.replace(weights)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
+    return weights
+
+
+def as_json(content: Any) -> str:
+    """As a person would write it."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _check_free(folder: Path, made: Exported, alone: bool) -> None:
+    """Nothing but an earlier export is written over. Raises UserError."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is there already and not a folder")
+    if alone or not folder.is_dir():
+        return
+    ours = {made.weights_name, "README.md", "metrics.json", *(name.split("/")[0] for name in made.files)}
+    others = sorted(path.name for path in folder.iterdir() if path.name not in ours)
+    if others:
+        raise UserError(f"{folder}: holds other files ({', '.join(others[:3])}); choose an empty folder")

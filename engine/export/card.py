@@ -1,0 +1,112 @@
+"""The model card: what was trained on what, how, with which result, how to load it, and what is not known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import RunConfig, dump_config
+from .source import Exported, Source
+
+PAPER = "https://arxiv.org/abs/2405.14239"
+
+
+def model_card(source: Source, form: str, made: Exported, weights: Path) -> str:
+    """Markdown with the front matter that model hubs read. weights: where the weights file is going to be."""
+    folder = weights.parent
+    parts = [
+        _front_matter(source, made),
+        f"# {source.name}",
+        _what(source, form),
+        "## Use\n\n```python" + made.usage.replace("FOLDER", str(folder)).replace("FILE", str(weights)) + "```",
+        *(f"Note: {note}" for note in made.notes),
+        _preprocessing(source.config),
+        _training(source),
+        _results(source.metrics),
+        LICENCE,
+        "## Configuration\n\n<details><summary>as resolved</summary>\n\n```yaml\n"
+        + _shareable(source)
+        + "```\n\n</details>",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+LICENCE = """## Licence and limits
+
+- **Licence of these weights: not chosen yet.** Whoever publishes them fills it in, here and in the first lines of this
+  file.
+- **Licence of the training data: not known to the software that wrote this card.** Captioned images from the web mostly
+  belong to others; what may be done with weights that were trained on them is for the publisher to find out and to
+  say.
+- A model learns what its data shows, prejudices and errors included. Nothing here was tested for a particular use."""
+
+
+def _front_matter(source: Source, made: Exported) -> str:
+    task = "zero-shot-image-classification" if source.joint else "image-feature-extraction"
+    tags = ["harmony", "vit", *source.config.objectives.active()]
+    content = {"library_name": made.library, "pipeline_tag": task, "license": "unknown", "tags": tags}
+    return "---\n" + yaml.safe_dump(content, sort_keys=False) + "---"
+
+
+def _what(source: Source, form: str) -> str:
+    image, text = source.config.model.image, source.config.model.text
+    size = source.config.views.global_size
+    towers = (
+        f"Image tower: ViT, width {image.width}, depth {image.depth}, {image.heads} heads, patch {image.patch_size}, "
+        f"{size} x {size} pixels."
+    )
+    if source.text is not None and form != "timm":
+        towers += (
+            f" Text tower: causal transformer, width {text.width}, depth {text.depth}, {text.heads} heads, "
+            f"{text.context} tokens."
+        )
+    which = "EMA teacher" if source.branch == "teacher" else "student"
+    return (
+        f"The {which} of a run of harmony-fast, which trains [Harmony]({PAPER}) and its relatives, in the format of "
+        f"{form}. {towers}"
+    )
+
+
+def _preprocessing(config: RunConfig) -> str:
+    augment = config.data.augment
+    return (
+        f"Images: RGB, shorter side {config.views.global_size} pixels (bicubic), centre crop, from 0 to 1, mean "
+        f"{list(augment.mean)}, deviation {list(augment.std)}."
+    )
+
+
+def _training(source: Source) -> str:
+    config = source.config
+    rows = {
+        "objectives": ", ".join(f"{name} (weight {o.weight:g})" for name, o in config.objectives.active().items()),
+        "data": ", ".join(Path(name).name for name in config.data.sources),
+        "optimizer steps": f"{source.step:,}" if source.step else "not known",
+        "samples per step": f"{config.data.batch_size:,}",
+        "schedule": f"{config.epochs} epochs",
+        "peak learning rate": f"{config.optimizer.lr:g} per 256 samples",
+        "precision": config.precision,
+        "seed": str(config.seed),
+    }
+    return "## Recipe and data\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in rows.items())
+
+
+def _results(metrics: dict[str, Any]) -> str:
+    rows = list(_leaves(metrics))
+    if not rows:
+        return "## Results\n\nNot evaluated: `harmony-fast evaluate` writes the numbers that belong here."
+    lines = [f"| {name} | {value if isinstance(value, str) else f'{100 * value:.2f}'} |" for name, value in rows]
+    return "## Results\n\nBy `harmony-fast evaluate`, in percent.\n\n| | |\n|---|---|\n" + "\n".join(lines)
+
+
+def _leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
+    """Numbers and words of nested mappings, with their paths in words."""
+    if isinstance(tree, dict):
+        return [leaf for key, value in tree.items() for leaf in _leaves(value, f"{path} {key}".strip())]
+    return [(path.replace("_", " "), tree)] if isinstance(tree, (int, float, str)) else []
+
+
+def _shareable(source: Source) -> str:
+    """The configuration without the places of files."""
+    return dump_config(source.shareable())
