@@ -232,11 +232,15 @@ class LeftOut:
 
 
 def decoded(
-    pictures: Iterable[Picture], transform: Callable[[Image.Image], T], workers: int | None, left_out: LeftOut
+    pictures: Iterable[Picture],
+    transform: Callable[[Image.Image], T],
+    workers: int | None,
+    left_out: LeftOut | None = None,
 ) -> Iterator[tuple[Picture, T]]:
     """Pictures with what `transform` makes of each, in order; threads decode ahead.
 
-    Those that cannot be decoded go to `left_out`. workers: threads, None for one per processor core.
+    Those that cannot be decoded go to `left_out`; without it, DataError names the first. workers: threads, None for one
+    per processor core.
     """
     count = workers or len(os.sched_getaffinity(0))
     waiting: deque[tuple[Picture, Future[T]]] = deque()
@@ -249,8 +253,10 @@ def decoded(
             yield from _finished(*waiting.popleft(), left_out)
 
 
-def _finished(picture: Picture, future: Future[T], left_out: LeftOut) -> Iterator[tuple[Picture, T]]:
+def _finished(picture: Picture, future: Future[T], left_out: LeftOut | None) -> Iterator[tuple[Picture, T]]:
     try:
         yield picture, future.result()
     except Rejected as rejected:
+        if left_out is None:
+            raise DataError(f"{picture.name}: {rejected}") from None
         left_out.add(picture.name, str(rejected))

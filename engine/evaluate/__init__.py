@@ -20,12 +20,14 @@ from ..data.pictures import PictureSet, Reading, open_pictures
 from ..errors import UserError
 from ..evaluated import choose_branch, known_metrics
 from ..export.metadata import exported_file, load_exported
-from .classes import class_names, labels_of, several_classes
+from .classes import Labelled, Listed, class_names, labels_of, several_classes
 from .features import Features, Towers, extract, image_embeddings, text_embeddings
 from .few_shot import few_shot
+from .finetune import finetune
 from .knn import knn
 from .linear import inputs, linear
 from .retrieval import retrieval
+from .segmentation import segmentation
 from .share import ALONE, Share
 from .zero_shot import class_weights, zero_shot
 
@@ -136,10 +138,18 @@ class Evaluation:
 
     def labelled(self, task: str) -> tuple[list[str], list[str]]:
         """`evaluate.group_key` of the bank and of the data. Raises UserError where there is none, or one class."""
-        key = self.config.evaluate.group_key
+        self.require_bank(task)
+        return self.agreeing(task, self.bank, self.data)
+
+    def require_bank(self, task: str) -> None:
+        """Raises UserError without samples to learn from."""
         if not self.config.evaluate.bank:
             raise UserError(f"this run cannot do {task}: evaluate.bank names no labelled samples to learn from")
-        known, asked = labels_of(self.bank, key), labels_of(self.data, key)
+
+    def agreeing(self, task: str, bank: Labelled, data: Labelled) -> tuple[list[str], list[str]]:
+        """The labels of two sets. Raises UserError where they have none in common, or there is one class."""
+        key = self.config.evaluate.group_key
+        known, asked = labels_of(bank, key), labels_of(data, key)
         several_classes(known, task, key)
         if not set(known) & set(asked):
             raise UserError(f"no {key} of evaluate.data occurs in evaluate.bank: {asked[0]!r} against {known[0]!r}")
@@ -188,12 +198,32 @@ def run_few_shot(work: Evaluation) -> dict[str, Any]:
     return few_shot(work.bank.last, known, work.data.last, asked, work.config.evaluate.few_shot)
 
 
+def run_finetune(work: Evaluation) -> dict[str, Any]:
+    """The whole image tower, trained on the bank. Its files are kept in memory, encoded as they are."""
+    work.require_bank("finetune")
+    bank, data = (list(work.pictures(key).read()) for key in ("bank", "data"))
+    known, asked = work.agreeing("finetune", Listed.of(bank), Listed.of(data))
+    return finetune(work.towers.image, work.config, bank, known, data, asked, work.share)
+
+
+def run_segmentation(work: Evaluation) -> dict[str, Any]:
+    """A linear layer on frozen patch tokens. Without a bank, it learns from the training part of the data."""
+    settings = work.config.evaluate
+    data = require(settings.data, "evaluate.data")
+    bank = settings.bank or [root for root in data if (Path(root) / "images" / "training").is_dir()]
+    if not bank:
+        raise UserError("segmentation: evaluate.bank is empty, and evaluate.data has no training part to learn from")
+    return segmentation(work.towers.image, work.config, bank, data, work.share)
+
+
 TASKS: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
     "zero-shot": run_zero_shot,
     "retrieval": run_retrieval,
     "knn": run_knn,
     "linear": run_linear,
     "few-shot": run_few_shot,
+    "finetune": run_finetune,
+    "segmentation": run_segmentation,
 }
 QUICK = ("zero-shot", "retrieval", "knn")
 """What runs when no task is named."""

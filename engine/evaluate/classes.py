@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from ..data.pictures import Picture
 from ..errors import UserError
-from .features import Features
 
 IMAGENET = "imagenet"
 
 
-def labels_of(features: Features, key: str) -> list[str]:
+class Labelled(Protocol):
+    """Samples, one name and one mapping of labels each."""
+
+    names: list[str]
+    labels: list[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Pictures as `Labelled`."""
+
+    names: list[str]
+    labels: list[Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, pictures: list[Picture]) -> Listed:
+        """Nothing is decoded."""
+        return cls([picture.name for picture in pictures], [picture.labels for picture in pictures])
+
+
+def labels_of(samples: Labelled, key: str) -> list[str]:
     """One label of every sample, as text. Raises UserError, naming the sample, where it has none."""
-    for name, known in zip(features.names, features.labels, strict=True):
+    for name, known in zip(samples.names, samples.labels, strict=True):
         if known.get(key) is None:
             raise UserError(f"{name} has no label '{key}'; it has: {', '.join(known) or 'none'}")
-    return [str(known[key]) for known in features.labels]
+    return [str(known[key]) for known in samples.labels]
 
 
 def several_classes(labels: list[str], task: str, key: str) -> list[str]:

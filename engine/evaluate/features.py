@@ -98,7 +98,7 @@ def extract(
         share.of(pictures.read()), lambda image: pixels(image, config), config.evaluate.workers, left_out
     )  # fmt: skip
     total = None if pictures.count is None else share.count(pictures.count)
-    batches = _batches(_shown(stream, f"reading {pictures.name}", total, shown), config.evaluate.batch_size)
+    batches = in_batches(_shown(stream, f"reading {pictures.name}", total, shown), config.evaluate.batch_size)
     encoded = list(_encoded(towers.image, batches, blocks))
     found = [picture for batch, *_ in encoded for picture in batch]
     tokens = torch.cat([e[1] for e in encoded]) if encoded else torch.empty(0, blocks, config.model.image.width)
@@ -130,7 +130,8 @@ def _encoded(
         yield [picture for picture, _ in batch], tokens, last[-1][:, 1:].mean(1).float().cpu()
 
 
-def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+def in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` items; the last may be shorter."""
     batch: list[Any] = []
     for item in items:
         batch.append(item)
@@ -154,7 +155,7 @@ def class_tokens(towers: Towers, samples: list[LabelledSample], config: RunConfi
     """The image encoder's class tokens of samples in memory, after the final norm: [n, D] on the host."""
     device = towers.image.cls_token.device
     parts = []
-    for chunk in _batches(samples, config.evaluate.batch_size):
+    for chunk in in_batches(samples, config.evaluate.batch_size):
         images = torch.stack([pixels(sample.image, config) for sample in chunk]).to(device)
         parts.append(towers.image.features(images)[:, 0].float().cpu())
     return finite(torch.cat(parts), "image features")
@@ -173,7 +174,7 @@ def text_embeddings(towers: Towers, texts: list[str], config: RunConfig) -> Tens
     device = towers.text.positional_embedding.device
     encode = _tokenizer(config.model.text.context, config.data.tokenizer)
     parts = []
-    for chunk in _batches(texts, config.evaluate.batch_size):
+    for chunk in in_batches(texts, config.evaluate.batch_size):
         parts.append(F.normalize(towers.text.embed(encode(chunk).to(device)).float(), dim=-1).cpu())
     return finite(torch.cat(parts), "text embeddings")
 

@@ -54,5 +54,11 @@ class Share:
         dist.all_gather(parts, padded)
         return torch.cat([part[:count].cpu() for part, count in zip(parts, counts, strict=True)])
 
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its mean over the ranks. All ranks must call."""
+        for tensor in tensors if self.world_size > 1 else ():
+            dist.all_reduce(tensor.data)
+            tensor.data /= self.world_size
+
 
 ALONE = Share()
