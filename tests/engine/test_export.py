@@ -21,6 +21,7 @@ from harmony_fast.engine.export.metadata import load_exported
 from harmony_fast.harmony.model import Harmony
 from torch.nn.functional import normalize
 
+ROOT = Path(__file__).parents[2]
 WORDS = ["a cat", "a photo of two dogs on a very long and winding road to somewhere far away", "!"]
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
@@ -140,6 +141,17 @@ def test_a_run_without_text(tiny: dict, images: torch.Tensor, tmp_path: Path) ->
     torch.testing.assert_close(theirs(images).last_hidden_state, expected, **TOLERANCE)
     with pytest.raises(UserError, match="open_clip needs both towers"):
         export(run, "open_clip", tmp_path / "clip")
+
+
+def test_the_documented_backbone_works(tiny: dict, tmp_path: Path) -> None:
+    tiny["model"]["image"] |= {"depth": 12, "patch_size": 16}
+    tiny["views"] |= {"global_size": 64, "local_size": 32}
+    export(save_run(tmp_path / "run", tiny), "timm", tmp_path / "out")
+    (code,) = [b for b in (ROOT / "docs" / "export.md").read_text().split("```python") if "class Backbone" in b]
+    names: dict[str, Any] = {}
+    exec(code.split("```")[0], names)
+    levels = names["Backbone"](str(tmp_path / "out"))(torch.randn(1, 3, 96, 128))
+    assert [tuple(level.shape) for level in levels] == [(1, 256, 96 // s, 128 // s) for s in (4, 8, 16, 32)]
 
 
 @torch.inference_mode()
