@@ -1,4 +1,8 @@
-"""Which branch of a run is evaluated and exported, and what was measured of it."""
+"""Which branch of a run is evaluated and exported, and what was measured of it.
+
+metrics.json         numbers by task, of the newest call of each
+metrics.about.json   by task: on which data, with which labelled samples to learn from, which branch, which checkpoint
+"""
 
 from __future__ import annotations
 
@@ -30,10 +34,33 @@ def _complete(model: Harmony) -> bool:
     return not joint or teacher.image.contrastive_projection is not None
 
 
+METRICS, ABOUT = "metrics.json", "metrics.about.json"
+
+
 def known_metrics(path: Path) -> dict[str, Any]:
-    """The metrics of other tasks, from earlier calls; a damaged file counts as none."""
+    """What earlier calls wrote into a file of `METRICS` or `ABOUT`; a damaged file counts as empty."""
     try:
-        known = json.loads(path.read_text())
+        known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
+
+
+def keep_metrics(folder: Path, metrics: dict[str, Any], about: dict[str, Any]) -> None:
+    """Put the metrics of some tasks, and what they are of, beside those of other tasks. Raises UserError."""
+    for name, content in ((METRICS, metrics), (ABOUT, about)):
+        file = folder / name
+        temporary = file.with_name(name + ".tmp")
+        try:
+            temporary.write_text(json.dumps({**known_metrics(file), **content}, indent=1) + "\n", encoding="utf-8")
+            temporary.replace(file)
+        except OSError as error:
+            raise UserError(f"{file}: cannot be written: {error.strerror}") from None
+
+
+def about(config: RunConfig, checkpoint: str, branch: str) -> dict[str, str]:
+    """What numbers are of, in names that tell nothing about the machine."""
+    settings = config.evaluate
+    sets = {"data": settings.data, "bank": settings.bank}
+    names = {key: ", ".join(Path(source).name for source in sources) for key, sources in sets.items() if sources}
+    return {**names, "branch": branch, "checkpoint": checkpoint}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..config import RunConfig, with_overrides
 from ..data.labelled import LabelledSample
 from ..data.pictures import PictureSet, Reading, open_pictures
 from ..errors import UserError
-from ..evaluated import choose_branch, known_metrics
+from ..evaluated import about, choose_branch, keep_metrics
 from ..export.metadata import exported_file, load_exported
 from .classes import Labelled, Listed, class_names, labels_of, several_classes
 from .features import Features, Towers, extract, image_embeddings, text_embeddings
@@ -41,32 +40,33 @@ def evaluate_run(path: Path, tasks: list[str], overrides: list[str], share: Shar
     for task in tasks:
         if task not in TASKS:
             raise UserError(f"unknown task '{task}'; one of {', '.join(TASKS)}")
-    config, towers = load_towers(path, overrides)
-    metrics = evaluate_towers(config, towers, tasks, share)
+    config, towers, of = load_towers(path, overrides)
+    folder = path if path.is_dir() else path.parent
+
+    def keep(task: str, metrics: dict[str, Any]) -> None:
+        if share.is_main:
+            keep_metrics(folder, {task: metrics}, {task: of})
+
+    metrics = evaluate_towers(config, towers, tasks, share, keep)
     if share.is_main:
-        file = (path if path.is_dir() else path.parent) / "metrics.json"
-        temporary = file.with_name("metrics.json.tmp")
-        try:
-            temporary.write_text(json.dumps({**known_metrics(file), **metrics}, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(file)
-        except OSError as error:
-            raise UserError(f"{file}: cannot be written: {error.strerror}") from None
         Console().print(as_table(metrics))
     return metrics
 
 
-def load_towers(path: Path, overrides: list[str]) -> tuple[RunConfig, Towers]:
-    """Configuration and towers of a run folder or of an exported file or folder, on the GPU if there is one."""
+def load_towers(path: Path, overrides: list[str]) -> tuple[RunConfig, Towers, dict[str, str]]:
+    """Configuration, and towers of a run or an export, on the GPU if there is one; and what they are, in words."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if not (path / "config.yaml").is_file() and (file := exported_file(path)) is not None:
         config, towers = load_exported(file, device)
         wanted = with_overrides(config, overrides)
         if wanted.evaluate.branch != config.evaluate.branch:
             raise UserError(f"{file}: holds the {config.evaluate.branch}, not the {wanted.evaluate.branch}")
-        return wanted, towers
+        return wanted, towers, about(wanted, file.name, config.evaluate.branch)
     config, model = load_run(path, device)
     config = with_overrides(config, overrides)
-    return config, choose_branch(config, model)
+    branch = choose_branch(config, model)
+    checkpoint = (path / "checkpoints" / "latest").read_text().strip()
+    return config, branch, about(config, checkpoint, "teacher" if branch is model.teacher else "student")
 
 
 def evaluate_model(config: RunConfig, model: Harmony, tasks: list[str]) -> dict[str, Any]:
@@ -74,13 +74,26 @@ def evaluate_model(config: RunConfig, model: Harmony, tasks: list[str]) -> dict[
     return evaluate_towers(config, choose_branch(config, model), tasks)
 
 
-def evaluate_towers(config: RunConfig, towers: Towers, tasks: list[str], share: Share = ALONE) -> dict[str, Any]:
-    """The metrics of the named tasks, or of the quick ones that can be done. All ranks must call."""
+def evaluate_towers(
+    config: RunConfig,
+    towers: Towers,
+    tasks: list[str],
+    share: Share = ALONE,
+    keep: Callable[[str, dict[str, Any]], None] = lambda task, metrics: None,
+) -> dict[str, Any]:
+    """The metrics of the named tasks, or of the quick ones that can be done. All ranks must call.
+
+    keep: told the metrics of each task when it is done, so that a later one's failure loses nothing.
+    """
     work = Evaluation(config, towers, share, tasks)
     if not tasks:
         require(config.evaluate.data, "evaluate.data")
-    chosen = tasks or [task for task in QUICK if work.can(task)]
-    return {task.replace("-", "_"): TASKS[task](work) for task in chosen}
+    found: dict[str, Any] = {}
+    for task in tasks or [task for task in QUICK if work.can(task)]:
+        name = task.replace("-", "_")
+        found[name] = TASKS[task](work)
+        keep(name, found[name])
+    return found
 
 
 class Evaluation:

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from ..errors import UserError
+from ..evaluated import ABOUT, METRICS
 from . import hf_format, open_clip_format, plain_format, timm_format
 from .card import model_card
 from .metadata import KEY, describe
@@ -76,7 +77,7 @@ def _check_free(folder: Path, made: Exported, alone: bool) -> None:
         raise UserError(f"{folder}: is there already and not a folder")
     if alone or not folder.is_dir():
         return
-    ours = {made.weights_name, "README.md", "metrics.json", *(name.split("/")[0] for name in made.files)}
+    ours = {made.weights_name, "README.md", METRICS, ABOUT, *(name.split("/")[0] for name in made.files)}
     others = sorted(path.name for path in folder.iterdir() if path.name not in ours)
     if others:
         raise UserError(f"{folder}: holds other files ({', '.join(others[:3])}); choose an empty folder")

@@ -10,6 +10,8 @@ import yaml
 from ..config import RunConfig, dump_config
 from .source import Exported, Source
 
+LEARNING = ("knn", "linear", "few_shot", "finetune", "segmentation")
+"""Tasks that learn from labelled samples."""
 PAPER = "https://arxiv.org/abs/2405.14239"
 
 
@@ -24,7 +26,7 @@ def model_card(source: Source, form: str, made: Exported, weights: Path) -> str:
         *(f"Note: {note}" for note in made.notes),
         _preprocessing(source.config),
         _training(source),
-        _results(source.metrics),
+        _results(source),
         LICENCE,
         "## Configuration\n\n<details><summary>as resolved</summary>\n\n```yaml\n"
         + _shareable(source)
@@ -92,12 +94,18 @@ def _training(source: Source) -> str:
     return "## Recipe and data\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in rows.items())
 
 
-def _results(metrics: dict[str, Any]) -> str:
-    rows = list(_leaves(metrics))
+def _results(source: Source) -> str:
+    rows = []
+    for task, found in source.metrics.items():
+        of = source.about.get(task, {})
+        where = [of.get("data", ""), f"learned from {of['bank']}" if "bank" in of and task in LEARNING else ""]
+        where.append(of.get("checkpoint", ""))
+        for name, value in _leaves(found, task):
+            shown = value if isinstance(value, str) else f"{100 * value:.2f}"
+            rows.append(f"| {name} | {shown} | {'; '.join(filter(None, where))} |")
     if not rows:
         return "## Results\n\nNot evaluated: `harmony-fast evaluate` writes the numbers that belong here."
-    lines = [f"| {name} | {value if isinstance(value, str) else f'{100 * value:.2f}'} |" for name, value in rows]
-    return "## Results\n\nBy `harmony-fast evaluate`, in percent.\n\n| | |\n|---|---|\n" + "\n".join(lines)
+    return "## Results\n\nBy `harmony-fast evaluate`, in percent.\n\n| | | on |\n|---|---|---|\n" + "\n".join(rows)
 
 
 def _leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:

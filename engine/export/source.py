@@ -13,7 +13,7 @@ from ...harmony.text_encoder import TextEncoder
 from ..checkpoint import load_run
 from ..config import RunConfig
 from ..errors import UserError
-from ..evaluated import choose_branch, known_metrics
+from ..evaluated import ABOUT, METRICS, choose_branch, known_metrics
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class Source:
     step: int
     """Optimizer steps done."""
     metrics: dict[str, Any]
+    """By task, as `evaluate` found them; those of the other branch are left out."""
+    about: dict[str, Any]
+    """By task, what they are of."""
     folder: Path = Path()
     """Where it goes."""
 
@@ -88,9 +91,12 @@ def read_source(run_dir: Path, branch: str | None) -> Source:
     became = "teacher" if chosen is model.teacher else "student"
     contrastive = dict(model.objectives.items()).get("contrastive")
     scale, bias = (getattr(contrastive, name, None) for name in ("logit_scale", "logit_bias"))
+    about = known_metrics(run_dir / ABOUT)
+    known = known_metrics(run_dir / METRICS)
+    metrics = {task: found for task, found in known.items() if about.get(task, {}).get("branch", became) == became}
     return Source(
         run_dir.resolve().name, config, chosen.image, chosen.text, became, _scalar(scale), _scalar(bias),
-        _steps_done(run_dir), known_metrics(run_dir / "metrics.json"),
+        _steps_done(run_dir), metrics, about,
     )  # fmt: skip
 
 

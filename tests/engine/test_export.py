@@ -190,7 +190,11 @@ def test_evaluate_takes_an_export(
         assert found == ({"knn": expected["knn"]} if form == "timm" else expected)
         assert json.loads((tmp_path / form / "metrics.json").read_text()) == found
     card = (tmp_path / "timm" / "README.md").read_text()
-    assert "| zero shot top1 | " in card and "not chosen yet" in card and "1,200" in card
+    top1 = f"{100 * expected['knn']['top1']:.2f}"
+    assert f"| knn top1 | {top1} | set.tar; learned from set.tar; step-00001200 |" in card
+    assert "not chosen yet" in card and "| optimizer steps | 1,200 |" in card and str(tmp_path) not in (
+        card.replace(str(tmp_path / "timm"), "")
+    )  # fmt: skip
     with pytest.raises(UserError, match=r"holds the (teacher, not the student|student, not the teacher)"):
         other = {"teacher": "student", "student": "teacher"}[load_exported(file)[0].evaluate.branch]
         evaluate_run(tmp_path / "timm", [], [*settings, f"evaluate.branch={other}"])

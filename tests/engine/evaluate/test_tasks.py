@@ -188,6 +188,8 @@ def test_folders_of_classes_serve_every_task(
     assert f"left out: {folders / 'test' / 'n1' / '0.png'}: image not readable" in said.err
     assert "few_shot" in said.out and "k2 top1" in said.out
     assert json.loads((run_folder / "metrics.json").read_text()) == metrics
+    about = {"data": "test", "bank": "train", "branch": "teacher", "checkpoint": "step-00000001"}
+    assert json.loads((run_folder / "metrics.about.json").read_text()) == dict.fromkeys(metrics, about)
     with pytest.raises(UserError, match="has no caption"):
         evaluate_run(run_folder, ["retrieval"], settings)
     (folders / "one").mkdir()
