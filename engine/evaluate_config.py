@@ -99,8 +99,8 @@ class EvaluateConfig(Config):
     group_key: str = "subcategory"
     """Label that the tasks predict which learn from labelled samples. In a folder of classes both are the subfolder."""
     templates: list[str] | str = Field(default=["{}"])
-    """Prompts of the zero-shot classifier, {} stands for the class; or `imagenet` (CLIP's 80), `simple` (7 of them), or
-    a file with one a line."""
+    """Prompts of the zero-shot classifier, {} stands for the class: a list, or one; or `imagenet` (CLIP's 80), `simple`
+    (7 of them), or a file with one a line."""
     neighbours: PositiveInt | Several = 10
     """k of the nearest-neighbour classifier, or several."""
     branch: Literal["teacher", "student"] = "teacher"
@@ -124,6 +124,8 @@ class EvaluateConfig(Config):
     def _templates_have_a_place(cls, given: list[str] | str) -> list[str] | str:
         if not given:
             raise ValueError("no template given")
+        if isinstance(given, str) and given.startswith("["):
+            raise ValueError("not a list as YAML has it: put each template in quotes")
         for template in given if isinstance(given, list) else ():
             if "{}" not in template:
                 raise ValueError(f"'{template}' has no {{}} for the class name")

@@ -170,12 +170,12 @@ class Evaluation:
 
 
 def run_zero_shot(work: Evaluation) -> dict[str, Any]:
-    """Zero-shot over all class names that occur in the samples, or that `evaluate.classes` gives them."""
+    """Zero-shot over the class names that occur in the samples, or over all that `evaluate.classes` gives."""
     work.require_joint("zero-shot")
     settings = work.config.evaluate
     labels = labels_of(work.data, settings.class_key)
-    several_classes(labels, "zero-shot", settings.class_key)
     by_label = class_names(labels, settings.classes)
+    several_classes(list(by_label), "zero-shot", settings.class_key)
     weights = class_weights(work.embed, list(by_label.values()), settings.templates)
     return zero_shot(image_embeddings(work.towers, work.data.last), weights, labels, list(by_label))
 

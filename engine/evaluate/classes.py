@@ -57,9 +57,8 @@ def in_order(labels: list[str]) -> list[str]:
 
 
 def class_names(labels: list[str], given: str | None) -> dict[str, str]:
-    """The name of each label that occurs. given: see `evaluate.classes`; None: labels are names.
-
-    Raises UserError where names are missing or there are too few.
+    """Names by label: of all classes that `given` names (see `evaluate.classes`), whether they occur or not; None: of
+    the labels that occur, which are names. Raises UserError where names are missing or their number does not fit.
     """
     classes = in_order(labels)
     if given is None:
@@ -69,11 +68,12 @@ def class_names(labels: list[str], given: str | None) -> dict[str, str]:
         missing = [label for label in classes if label not in names]
         if missing:
             raise UserError(f"{given}: has no name for the class {missing[0]!r} ({len(missing)} such classes)")
-        return {label: str(names[label]) for label in classes}
+        return {label: str(name) for label, name in names.items()}
     if all(_is_number(label) for label in classes):
         if int(classes[-1]) >= len(names):
             raise UserError(f"{given}: holds {len(names)} names, and there is a class number {classes[-1]}")
-        return {label: names[int(label)] for label in classes}
+        written = {int(label): label for label in classes}  # perhaps with zeros in front
+        return {written.get(i, str(i)): name for i, name in enumerate(names)}
     if len(classes) != len(names):
         raise UserError(f"{given}: holds {len(names)} names, the set has {len(classes)} classes; give names by label")
     return dict(zip(classes, names, strict=True))

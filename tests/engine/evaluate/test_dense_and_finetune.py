@@ -1,5 +1,6 @@
 """Segmentation and finetuning: scores as torchmetrics', and training that learns what there is to learn."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from harmony_fast.engine.config import dump_config, parse_config
 from harmony_fast.engine.errors import UserError
 from harmony_fast.engine.evaluate import evaluate_run
 from harmony_fast.engine.evaluate.segmentation import LinearHead, _starts, confusion_of, predict, reduced, scores_of
+from harmony_fast.engine.evaluate.share import Share
 from harmony_fast.harmony.image_encoder import ImageConfig, ImageEncoder
 from harmony_fast.harmony.model import Harmony
 from hypothesis import given
@@ -161,3 +163,38 @@ def test_finetuning_learns_two_colours(run: Path, colours: Path) -> None:
         (colours / "test" / "red").rename(colours / "test" / "green")
         (colours / "test" / "blue").rename(colours / "test" / "yellow")
         evaluate_run(run, ["finetune"], settings)
+
+
+def work_on_a_share(rank: int, run: Path, store: Path, task: str, settings: list[str]) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    evaluate_run(run, [task], settings, Share(rank, 2))
+
+
+@pytest.mark.parametrize("task", ["segmentation", "finetune"])
+def test_two_ranks_learn_together(
+    run: Path, scenes: Path, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    settings = {
+        "segmentation": [
+            f"evaluate.data={scenes}", "evaluate.segmentation.epochs=15", "evaluate.segmentation.batch_size=4",
+            "evaluate.segmentation.lr=0.05", "evaluate.segmentation.reduce_zero_label=true",
+        ],
+        "finetune": [
+            f"evaluate.data={colours / 'test'}", f"evaluate.bank={colours / 'train'}", "evaluate.finetune.epochs=6",
+            "evaluate.finetune.batch_size=9", "evaluate.finetune.lr=0.1", "evaluate.finetune.warmup_epochs=1",
+            "evaluate.finetune.augment=null", "evaluate.finetune.layer_decay=0.9",
+        ],
+    }[task]  # fmt: skip
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    context = torch.multiprocessing.get_context("fork")  # not spawn: importing everything again takes a while
+    arguments = (run, tmp_path / "store", task, [*SMALL, *settings])
+    processes = [context.Process(target=work_on_a_share, args=(rank, *arguments)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(250)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+    found = json.loads((run / "metrics.json").read_text())[task]
+    assert found["miou" if task == "segmentation" else "top1"] > 0.7

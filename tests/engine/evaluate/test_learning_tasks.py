@@ -172,11 +172,11 @@ def test_names_of_classes(tmp_path: Path) -> None:
     lines = tmp_path / "names.txt"
     lines.write_text("tench\n\ngoldfish\nshark\n")
     assert class_names(["n2", "n1", "n3"], str(lines)) == {"n1": "tench", "n2": "goldfish", "n3": "shark"}
-    assert class_names(["2", "0"], str(lines)) == {"0": "tench", "2": "shark"}
+    assert class_names(["2", "00"], str(lines)) == {"00": "tench", "1": "goldfish", "2": "shark"}  # all compete
     assert class_names([str(i) for i in range(1000)], "imagenet")["1"] == "goldfish"
     table = tmp_path / "names.json"
     table.write_text('{"n1": "tench", "n2": "goldfish"}')
-    assert class_names(["n2"], str(table)) == {"n2": "goldfish"}
+    assert class_names(["n2"], str(table)) == {"n1": "tench", "n2": "goldfish"}
     for labels, file, message in (
         (["n1", "n9"], table, "has no name for the class 'n9'"),
         (["3"], lines, "holds 3 names, and there is a class number 3"),
