@@ -175,7 +175,13 @@ def text_embeddings(towers: Towers, texts: list[str], config: RunConfig) -> Tens
     encode = _tokenizer(config.model.text.context, config.data.tokenizer)
     parts = []
     for chunk in in_batches(texts, config.evaluate.batch_size):
-        parts.append(F.normalize(towers.text.embed(encode(chunk).to(device)).float(), dim=-1).cpu())
+        tokens = encode(chunk)
+        if int(tokens.max()) >= config.model.text.vocabulary:
+            raise UserError(
+                f"the tokenizer '{config.data.tokenizer}' gives the id {int(tokens.max())}, the text tower knows "
+                f"{config.model.text.vocabulary}: set data.tokenizer to the one that the captions were prepared with"
+            )
+        parts.append(F.normalize(towers.text.embed(tokens.to(device)).float(), dim=-1).cpu())
     return finite(torch.cat(parts), "text embeddings")
 
 

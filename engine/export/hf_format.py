@@ -9,7 +9,8 @@ alone. The names are those of transformers 5.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from ..config import RunConfig
 from ..data.tokens import tokenizer_options
 from ..errors import UserError
 from .source import Exported, Source
+
+if TYPE_CHECKING:
+    from open_clip.tokenizer import SimpleTokenizer
 
 VISION, TEXT = "vision_model.", "text_model."
 IMAGE_PARTS = {
@@ -150,7 +154,7 @@ def _restore_text(theirs: Callable[[str], Tensor], depth: int) -> dict[str, Tens
 
 def _dual_config(source: Source) -> dict[str, Any]:
     text = source.config.model.text
-    end = text.vocabulary - 1  # the tokenizer's last two ids are start and end
+    start, end = _encoder(source.config.data.tokenizer).all_special_ids[:2]
     return {
         "architectures": ["VisionTextDualEncoderModel"],
         "model_type": "vision-text-dual-encoder",
@@ -161,7 +165,7 @@ def _dual_config(source: Source) -> dict[str, Any]:
             "model_type": "clip_text_model", "vocab_size": text.vocabulary, "hidden_size": text.width,
             "intermediate_size": 4 * text.width, "num_hidden_layers": text.depth, "num_attention_heads": text.heads,
             "max_position_embeddings": text.context, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
-            "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end,
+            "bos_token_id": start, "eos_token_id": end, "pad_token_id": end,
         },
     }  # fmt: skip
 
@@ -186,11 +190,16 @@ def _preprocessing(config: RunConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tokenizer(config: RunConfig) -> dict[str, Any]:
-    """The byte-pair vocabulary and merges in the form of transformers' `CLIPTokenizer`."""
+@lru_cache(maxsize=1)
+def _encoder(tokenizer: str) -> SimpleTokenizer:
     from open_clip.tokenizer import SimpleTokenizer
 
-    encoder = SimpleTokenizer(**tokenizer_options(config.data.tokenizer))
+    return SimpleTokenizer(**tokenizer_options(tokenizer))
+
+
+def _tokenizer(config: RunConfig) -> dict[str, Any]:
+    """The byte-pair vocabulary and merges in the form of transformers' `CLIPTokenizer`."""
+    encoder = _encoder(config.data.tokenizer)
     start, end = (encoder.decoder[i] for i in encoder.all_special_ids[:2])
     merges = sorted(encoder.bpe_ranks, key=encoder.bpe_ranks.__getitem__)
     return {

@@ -8,6 +8,8 @@ from ..config import RunConfig
 from .source import Exported, Source
 
 USAGE = '''
+from pathlib import Path
+
 from harmony_fast.engine.export.metadata import load_exported
 
 config, towers = load_exported(Path("FILE"))

@@ -11,6 +11,7 @@ import timm
 import torch
 import transformers
 from harmony_fast.engine.checkpoint import load_run, write_weights_only
+from harmony_fast.engine.cli import app
 from harmony_fast.engine.config import dump_config, parse_config
 from harmony_fast.engine.errors import UserError
 from harmony_fast.engine.evaluate import evaluate_run
@@ -20,6 +21,7 @@ from harmony_fast.engine.export import FORMATS, export
 from harmony_fast.engine.export.metadata import load_exported
 from harmony_fast.harmony.model import Harmony
 from torch.nn.functional import normalize
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["a cat", "a photo of two dogs on a very long and winding road to somewhere far away", "!"]
@@ -200,6 +202,23 @@ def test_evaluate_takes_an_export(
         evaluate_run(tmp_path / "timm", [], [*settings, f"evaluate.branch={other}"])
     with pytest.raises(UserError, match="cannot do zero-shot"):
         evaluate_run(tmp_path / "timm", ["zero-shot"], settings)
+
+
+def test_the_commands(run: Path, tar: Callable, picture: Callable, encoded: Callable, tmp_path: Path) -> None:
+    for i in range(4):
+        path = tmp_path / "set" / f"class {i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(picture(i, 40, 30), "PNG"))
+    data = str(tmp_path / "set")
+    shell = CliRunner()
+    assert shell.invoke(app, ["export", str(run), "timm", str(tmp_path / "out")]).output.strip() == str(
+        tmp_path / "out" / "model.safetensors"
+    )
+    words = ["evaluate", str(tmp_path / "out"), "knn", "--data", data, "--bank", data, "evaluate.neighbours=1"]
+    said = shell.invoke(app, words)
+    assert said.exit_code == 0 and "100.00" in said.output, said.output
+    assert isinstance(shell.invoke(app, ["evaluate", str(run), "nap"]).exception, UserError)
+    assert isinstance(shell.invoke(app, [*words[:3], "--data", data, "--branch", "aunt"]).exception, UserError)
 
 
 def test_mistakes_are_named(run: Path, tmp_path: Path) -> None:

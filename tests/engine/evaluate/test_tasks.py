@@ -135,6 +135,7 @@ def test_metrics_have_the_promised_shape(run_folder: Path) -> None:
     (["few-shot"], ["evaluate.few_shot.shots=[5]"], "the class 'kind 0' has 4"),
     (["zero-shot"], ["evaluate.templates=photos"], "'photos' is neither imagenet nor simple nor a file"),
     (["zero-shot"], ["evaluate.templates=[a {}, the {}]"], "not a list as YAML has it: put each template in quotes"),
+    (["zero-shot"], ["data.tokenizer=nobody"], "nobody: neither 'clip', nor an open_clip model"),
     (["zero-shot"], ["evaluate.classes=nowhere.txt"], "nowhere.txt: cannot be read"),
     (["knn"], ["evaluate.bank=[]"], "this run cannot do knn"),
     ([], ["evaluate.data=[nowhere.tar]"], "nowhere.tar"),
