@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -54,7 +56,8 @@ def train_probe(x: Tensor, labels: Tensor, classes: int, config: LinearConfig, s
     optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=config.weight_decay)
     steps = config.epochs * (len(x) // batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(config.epochs):
+    console = Console(stderr=True)
+    for _ in track(range(config.epochs), "training probes", console=console, disable=not console.is_terminal):
         order = torch.randperm(len(x), generator=generator).to(x.device)
         for chosen in order[: len(x) // batch * batch].split(batch):
             rows = (x[chosen] - mean) / deviation
