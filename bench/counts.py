@@ -1,0 +1,76 @@
+"""Operations of matrix products that a step does, counted on the meta device: the same counter for every rival."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from ..engine.config import RunConfig
+from ..engine.live_bytes import LiveBytes
+from ..engine.memory import imagined_samples
+from ..engine.train import build_model
+from ..harmony.model import Harmony
+from ..harmony.objectives import Collectives
+from ..harmony.schedules import Clock
+from ..harmony.views import Views, assemble, draw_masks
+from ..kernels import dispatch
+from .baseline import PASSES, FourPass
+
+CLOCK = Clock(15, 10, 100)
+"""A step at which soft targets count and nothing is frozen"""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Of one forward and backward pass over a batch."""
+
+    flops: int
+    by_pass: dict[str, int]
+
+
+def imagined_views(config: RunConfig) -> Views:
+    """A batch without contents: `data.batch_size` samples with captions of `memory.CAPTION_TOKENS` tokens."""
+    samples, v = imagined_samples(config, 1), config.views
+    masks = draw_masks(
+        v, config.model.image.patch_size, samples.tokens, samples.index, config.seed, 0, v.pixel_mask_ratio
+    )
+    crops = (
+        torch.empty(count, len(samples.index), 3, side, side, device="meta")
+        for count, side in ((v.global_crops, v.global_size), (v.local_crops, v.local_size))
+    )
+    return assemble(*crops, masks).to(torch.device("meta"))
+
+
+def count_ours(config: RunConfig, views: Views | None = None) -> Counted:
+    """Ours, as a GPU would compute it: one packed pass, nothing recomputed. views: default `imagined_views`."""
+    views = views or imagined_views(config)
+    with _counting(config) as (model, live), live:
+        model.losses(views, model.teach(views), CLOCK, Collectives()).loss.backward()
+    return Counted(live.flops, {})
+
+
+def count_baseline(config: RunConfig, views: Views | None = None) -> Counted:
+    """The four-pass baseline, and each of its passes. views: default `imagined_views`."""
+    views = views or imagined_views(config)
+    by_pass: dict[str, int] = {}
+    with _counting(config) as (model, live):
+        baseline = FourPass(model, config)
+        for name in PASSES:
+            before = live.flops
+            with live:
+                baseline.gradient(views, CLOCK, [name])
+            by_pass[name] = live.flops - before
+    return Counted(live.flops, by_pass)
+
+
+@contextmanager
+def _counting(config: RunConfig) -> Iterator[tuple[Harmony, LiveBytes]]:
+    """A model without contents, and a counter that is not active yet."""
+    plain = config.model_copy(update={"compile": False})
+    with torch.device("meta"):
+        model = build_model(plain).train()
+    with dispatch.preferring("auto"):
+        yield model, LiveBytes("meta")
