@@ -7,7 +7,9 @@ import gc
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,6 +93,43 @@ def peak_memory(work: Work, device: torch.device) -> float | None:
         return max(0.0, _resident("VmHWM") - before)
     except (OSError, AttributeError):
         return None
+
+
+class Stopwatch:
+    """Seconds of named parts of something: `with stopwatch("teacher"): ...`. A part inside another is its own alone.
+
+    On a GPU every boundary waits for what was started, so the sum is somewhat more than without a stopwatch.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._device, self._open, self._since = device, [], 0.0
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Inside, time is charged to this part."""
+        self._charge()
+        self._open.append(part)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._open.pop()
+
+    def _charge(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+
+def product_rate(rows: int, width: int, dtype: torch.dtype, device: torch.device, seconds: float = 2.0) -> float:
+    """Operations per second of a matrix product as in a transformer's MLP: [rows, width] times [width, 4 width]."""
+    x, w = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, width), (width, 4 * width)))
+    timed = alternate({"product": lambda: x @ w}, device, rounds=50, seconds=seconds)["product"]
+    return 2 * rows * width * 4 * width / timed.median * 1e3
 
 
 def _resident(field: str) -> float:

@@ -1,0 +1,89 @@
+"""The results of `harmony-fast bench step` for the terminal, and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .step_rivals import PARTS
+
+COLOURS = ("#d9a441", "#7a9e7e", "#1f6f8b", "#5b8fb0", "#a35d6a", "#8a7ca8", "#b8c4cc")
+
+
+def show(case: dict[str, Any], console: Console) -> None:
+    """One case."""
+    title = (
+        f"{'all objectives' if case['kind'] == 'step' else 'CLIP alone'}, {case['tower']}, {case['micro']} samples, "
+        f"{case['precision']}; products at {case['product_rate'] / 1e9:,.0f} GFLOP/s"
+    )
+    made = Table(title=title, title_justify="left", min_width=100)
+    for heading in ("", "samples/s", "ms a step", "quartiles", "peak GiB", "GFLOP a sample", "MFU"):
+        made.add_column(heading, justify="left" if not heading else "right")
+    for name, r in case["results"].items():
+        low, high = r["quartiles"]
+        made.add_row(
+            name, f"{r['samples_per_second']:.3g}", f"{r['milliseconds']:,.0f}", f"{low:,.0f} - {high:,.0f}",
+            f"{r['peak_mib'] / 1024:.2f}", f"{r['flops_per_sample'] / 1e9:.1f}", f"{100 * r['mfu']:.0f} %",
+        )  # fmt: skip
+    for name, why in case["not_run"].items():
+        made.add_row(name, "-", why)
+    made.caption = "; ".join(_compared(case))
+    console.print(made)
+    parts = Table(title="milliseconds of a step's parts", title_justify="left", min_width=100)
+    for heading in ("", *PARTS, "rest"):
+        parts.add_column(heading, justify="left" if not heading else "right")
+    for name, r in case["results"].items():
+        parts.add_row(name, *(f"{r['breakdown_ms'][part]:,.0f}" for part in (*PARTS, "rest")))
+    console.print(parts)
+
+
+def _compared(case: dict[str, Any]) -> list[str]:
+    """Ours against the others, in words."""
+    goal, memory = case["goals"], case["memory"]
+    words = [f"{s:.2f} x the samples/s of {n} and {memory[n]:.2f} x its peak" for n, s in case["speedup"].items()]
+    words += [f"goals: {goal['speedup']} x and {goal['memory']} x"] if goal else []
+    words += [f"losses differ from {n}'s by {d:.0e}" for n, d in case["loss_difference"].items()]
+    return words if case["in_turn"] else [*words, "too large to be timed in turns: one after the other"]
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """A row per case: the parts of each rival's step, and its peak memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = report["cases"]
+    size = 11, 0.8 + sum(0.9 + 0.4 * len(c["results"]) for c in cases)
+    ratios = [2 + len(c["results"]) for c in cases]
+    figure, axes = plt.subplots(
+        len(cases), 2, figsize=size, squeeze=False, layout="constrained", width_ratios=[3, 1], height_ratios=ratios
+    )
+    for (time, memory), case in zip(axes, cases, strict=True):
+        names = list(case["results"])[::-1]
+        left = [0.0] * len(names)
+        for part, colour in zip((*PARTS, "rest"), COLOURS, strict=True):
+            values = [case["results"][n]["breakdown_ms"][part] for n in names]
+            # The parts come from a step with a stopwatch: they are drawn as shares of the median without one.
+            scales = [r["milliseconds"] / sum(r["breakdown_ms"].values()) for r in map(case["results"].get, names)]
+            values = [v * s for v, s in zip(values, scales, strict=True)]
+            time.barh(names, values, left=left, color=colour, label=part)
+            left = [a + b for a, b in zip(left, values, strict=True)]
+        memory.barh(names, [case["results"][n]["peak_mib"] / 1024 for n in names], color=COLOURS[2])
+        memory.set_yticks([])
+        what = "all objectives" if case["kind"] == "step" else "CLIP alone"
+        time.set_title(f"{what}, {case['tower']}, {case['micro']} samples, {case['precision']}", fontsize=9, loc="left")
+        time.set_xlabel("ms a step", fontsize=8)
+        memory.set_xlabel("peak GiB", fontsize=8)
+        for axis in (time, memory):
+            axis.tick_params(labelsize=8)
+            axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(fontsize=7, ncols=4, frameon=False, loc="upper right")
+    machine = report["machine"]
+    name = machine["gpu"]["name"] if report["device"] == "cuda" else f"{machine['processor']}, {machine['cores']} cores"
+    figure.suptitle(f"{name}; torch {machine['versions']['torch']}; {machine['date']}", fontsize=10)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
