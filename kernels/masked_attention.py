@@ -161,9 +161,11 @@ def _composed(
     """Attention by the operators of PyTorch or xformers, with their autograd."""
     if backend == "xformers":
         return _xformers(q, k, v, layout, causal, scale)
-    parts = []
-    for block, shape in _blocks(layout):
-        qs, ks, vs = (x[block].unflatten(0, shape).transpose(1, 2) for x in (q, k, v))
+    parts, blocks = [], list(_blocks(layout))
+    # Cut by `split`: its gradient is one concatenation, that of a slice a whole tensor of zeros.
+    cut = zip(*(x.split([count * length for _, (count, length) in blocks]) for x in (q, k, v)), strict=True)
+    for (block, shape), piece in zip(blocks, cut, strict=True):
+        qs, ks, vs = (x.unflatten(0, shape).transpose(1, 2) for x in piece)
         allowed, idle = _allowed(key_mask, block, shape, causal)
         if q.is_meta:  # here PyTorch would compose attention of products; where it computes it has an operator
             out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
