@@ -1,0 +1,184 @@
+"""`harmony-fast bench tables [--check]`: the measured numbers in README.md and docs/, made from the committed results.
+
+What lies between `<!-- bench: NAME MACHINE -->` and `<!-- /bench -->` is written by this command from
+bench/results/MACHINE/NAME.json (or bench/results/NAME.json) and by nobody else; --check says which parts are not what
+the results say, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..engine.errors import UserError
+from .loader import AUTHORS, OURS, OURS_AUGMENTED, STREAMED, TEN
+from .machine import ROOT
+from .scaling_report import hours_table, memory_table
+from .step import OURS as OUR_STEP
+
+RESULTS = ROOT / "bench" / "results"
+PART = re.compile(r"(<!-- bench: (\S+)(?: (\S+))? -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write or check; the exit status is 1 if --check finds a part that is not what the results say."""
+    parser = argparse.ArgumentParser(prog="harmony-fast bench tables", description=__doc__.split("\n\n")[1])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if anything differs")
+    options = parser.parse_args(arguments)
+    stale = 0
+    for path in documents():
+        before = path.read_text(encoding="utf-8")
+        after = renewed(before, path)
+        if before != after:
+            stale += 1
+            print(f"{path.relative_to(ROOT)}: {'is not what the results say' if options.check else 'written'}")
+            if not options.check:
+                path.write_text(after, encoding="utf-8")
+    print("run harmony-fast bench tables" if stale and options.check else f"{stale} files changed")
+    return 1 if stale and options.check else 0
+
+
+def documents() -> list[Path]:
+    """The files that may have such parts."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def renewed(text: str, origin: Path) -> str:
+    """A document with its parts made anew. Raises UserError for a part that cannot be made."""
+
+    def make(found: re.Match) -> str:
+        name, machine = found[2], found[3]
+        path = RESULTS / machine / f"{name}.json" if machine else RESULTS / f"{name}.json"
+        if name not in TABLES:
+            raise UserError(f"{origin}: no table is called '{name}'; there are {', '.join(TABLES)}")
+        if not path.is_file():
+            return f"{found[1]}Not measured yet.\n{found[5]}"
+        try:
+            lines = TABLES[name](json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, json.JSONDecodeError, KeyError) as error:
+            raise UserError(f"{origin}: table {name}: {path}: {type(error).__name__}: {error}") from None
+        return f"{found[1]}{lines}\n{found[5]}"
+
+    return PART.sub(make, text)
+
+
+def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [f"| {' | '.join(row)} |" for row in (heading, *rows)]
+    return "\n".join([lines[0], "|---" * len(heading) + "|", *lines[1:]])
+
+
+def loader(report: dict[str, Any]) -> str:
+    """Images per second by rival and size of the sources, and the other parts in a sentence."""
+    words = {
+        AUTHORS: "the authors' way: PIL, crops and augmentation in worker processes", TEN: TEN,
+        OURS: "ours (augmentation is the GPU's work)", OURS_AUGMENTED: OURS_AUGMENTED,
+        STREAMED: "ours, from tars (`data.loader: webdataset`)",
+    }  # fmt: skip
+    cases, machine = report["loaders"], report["machine"]
+    rows = [
+        [text, *(f"{case['results'][name]['images_per_second']:,.0f}" for case in cases)]
+        for name, text in words.items()
+    ]
+    large = next(case["images_per_second"] for case in report["dct"] if case["side"] == 1024)
+    gain = large["with DCT scaling"] / large["decoded whole"]
+    opening = report["opening"]
+    return (
+        f"Images of 2 global and 8 local crops a second on {_machine(machine)}, medians of {report['rounds']} "
+        "alternating rounds:\n\n"
+        + table(["JPEGs of", *(f"{case['side']} px" for case in cases)], rows)
+        + f"\n\n`prepare` passes {report['prepare']['images_per_second']:,.0f} JPEGs of 256 px a second through. A file "
+        f"of {opening['samples'] / 1e6:.0f} million samples is open in {opening['seconds_to_open']:.2f} s.\n"
+        "DCT scaling is used where an image is larger than its crops need: at 1,024 px it makes decoding and\n"
+        f"cutting {gain:.1f} times as fast."
+    )
+
+
+def demo(report: dict[str, Any]) -> str:
+    """What `make demo` takes and reaches."""
+    minutes, seconds = divmod(round(report["seconds_train_and_evaluate"]), 60)
+    metrics = report["metrics"]
+    there, back = metrics["retrieval"]["image_to_text"], metrics["retrieval"]["text_to_image"]
+
+    def percent(*shares: float) -> str:
+        return " / ".join(f"{100 * share:.1f}" for share in shares)
+
+    rows = [
+        ["zero-shot over 1,911 names, top-1", percent(metrics["zero_shot"]["top1"]), "0.05"],
+        ["zero-shot, top-10", percent(metrics["zero_shot"]["top10"]), "0.5"],
+        ["image to caption, recall@1 / @10", percent(there["r1"], there["r10"]), "0.05 / 0.5"],
+        ["caption to image, recall@1 / @10", percent(back["r1"], back["r10"]), "0.05 / 0.5"],
+        ["nearest neighbours over 99 subcategories, top-1", percent(metrics["knn"]["top1"]), "3.2"],
+    ]
+    return (
+        f"Training and evaluation took {minutes} min {seconds} s on {_machine(report['machine'])}.\n\n"
+        + table(["on the held-out artist's drawings", "%", "chance"], rows)
+    )
+
+
+def aot(report: dict[str, Any]) -> str:
+    """How many rows, and how many spill."""
+    lines = []
+    for compiler, part in report.items():
+        hot = [row for row in part["rows"] if row["hot"]]
+        spilling = sum(bool(row["spills"]) for row in hot)
+        lines.append(
+            f"{compiler.capitalize()}: {len(part['rows'])} rows; of the {len(hot)} hot ones "
+            f"{'none spills' if not spilling else f'{spilling} spill'}."
+        )
+    return "\n".join(lines)
+
+
+def step(report: dict[str, Any]) -> str:
+    """A row per case and rival."""
+    rows = []
+    for case in report["cases"]:
+        what = "all objectives" if case["kind"] == "step" else "CLIP alone"
+        for name, r in case["results"].items():
+            speed, share = case["speedup"].get(name), case["memory"].get(name)
+            low, high = (1e3 * case["micro"] / t for t in reversed(r["quartiles"]))
+            rows.append([
+                f"{what}, {case['tower']}, {case['micro']} samples, {case['precision']}" if name == OUR_STEP else "",
+                name, f"{r['samples_per_second']:.2f} ({low:.2f} - {high:.2f})", f"{speed:.2f} x" if speed else "",
+                f"{r['peak_mib'] / 1024:.2f} GiB", f"{share:.2f} x" if share else "",
+                f"{r['flops_per_sample'] / 1e9:.0f}", f"{100 * r['mfu']:.0f} %",
+            ])  # fmt: skip
+    return f"Measured on {_machine(report['machine'])}, {report['machine']['date']}:\n\n" + table(
+        ["", "", "samples/s (quartiles)", "ours is", "peak", "ours is", "GFLOP a sample", "MFU"], rows
+    )
+
+
+def kernels(report: dict[str, Any]) -> str:
+    """Ours beside the best of the others, by operation and case."""
+    rows = []
+    for c in report["comparisons"]:
+        ours = c["results"].get(OUR_STEP, {}).get("milliseconds")
+        shown = "failed" if ours is None else f"{ours:.3f}"
+        rows.append([c["operation"], c["case"], shown, f"{c['speedup']:.2f} x" if c["speedup"] else ""])
+    return f"Measured on {_machine(report['machine'])}, {report['machine']['date']}:\n\n" + table(
+        ["operation", "case", "ours, ms", "the best other takes"], rows
+    )
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    """In words."""
+    if machine.get("gpu"):
+        return f"one {machine['gpu']['name']}"
+    cores = f"{machine['cores']} cores of an {machine['processor']}" if "cores" in machine else machine["processor"]
+    return f"{cores}, {machine['memory_gib']:.0f} GiB"
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "loader": loader, "demo": demo, "aot": aot, "step": step, "kernels": kernels, "scaling": memory_table,
+    "hours": hours_table,
+}  # fmt: skip
+"""What makes the part of each name"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
