@@ -6,7 +6,7 @@ D width.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,8 @@ from .config import Config
 from .packing import Layout, pack_dense, unpack_dense
 from .randomness import split
 from .recompute import run_block
-from .stochastic_depth import BranchesKept, add_branch, draw_kept
-from .views import Request, View, Views
+from .stochastic_depth import BranchesKept, Kept, add_branch, draw_kept
+from .views import Reads, Request, View, Views
 
 NAMED = {
     "ViT-Ti": {"width": 192, "depth": 12, "heads": 3},
@@ -63,6 +63,15 @@ class ImageConfig(Config):
         return self
 
 
+class Wanted(NamedTuple):
+    """The tokens that are read after the last block."""
+
+    index: Tensor
+    """int64 [R]: their packed places"""
+    scale: Tensor | None
+    """[R, 1]: what the block's second branch is multiplied with (stochastic depth)"""
+
+
 class Attention(nn.Module):
     """Multi-head self-attention inside each packed sequence."""
 
@@ -72,10 +81,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """[T, D] -> [T, D]."""
+    def forward(self, x: Tensor, layout: Layout, index: Tensor | None = None) -> Tensor:
+        """[T, D] -> [T, D], or [R, D] for the tokens at index."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        return self.proj(masked_attention(q, k, v, layout.offsets, layout.max_length).flatten(1))
+        mixed = masked_attention(q, k, v, layout.offsets, layout.max_length).flatten(1)
+        return self.proj(mixed if index is None else mixed.index_select(0, index))
 
 
 class Mlp(nn.Module):
@@ -101,10 +111,34 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
-    def forward(self, x: Tensor, layout: Layout, kept: BranchesKept = (None, None)) -> Tensor:
-        """[T, D] -> [T, D]. kept: the sequences that each residual branch is computed for (stochastic depth)."""
+    def forward(
+        self, x: Tensor, layout: Layout, kept: BranchesKept = (None, None), wanted: Wanted | None = None
+    ) -> Tensor:
+        """[T, D] -> [T, D], or [R, D] for wanted tokens alone. kept: the sequences that each residual branch is
+        computed for (stochastic depth)."""
+        if wanted is not None:
+            return self._finish(x, layout, kept, wanted)
         x = add_branch(x, lambda part, of: self.attn(self.norm1(part), of), layout, kept[0])
         return add_branch(x, lambda part, _: self.mlp(self.norm2(part)), layout, kept[1])
+
+
+    def _finish(self, x: Tensor, layout: Layout, kept: BranchesKept, wanted: Wanted) -> Tensor:
+        """The last block: every token is a key, and those that are wanted go on."""
+        if kept[0] is None:
+            x = x.index_select(0, wanted.index) + self.attn(self.norm1(x), layout, wanted.index)
+        else:
+            x = add_branch(x, lambda part, of: self.attn(self.norm1(part), of), layout, kept[0])
+            x = x.index_select(0, wanted.index)
+        branch = self.mlp(self.norm2(x))
+        return x + (branch if wanted.scale is None else branch * wanted.scale)
+
+
+def _scale_of(kept: Kept | None, tokens: Tensor, wanted: Tensor) -> Tensor | None:
+    """What a branch is multiplied with at wanted places, 0 where stochastic depth drops it: [R, 1]."""
+    if kept is None:
+        return None
+    scale = tokens.new_zeros(len(tokens), 1).index_fill_(0, kept.index, kept.scale)
+    return scale.index_select(0, wanted)
 
 
 class PatchEmbed(nn.Module):
@@ -168,8 +202,12 @@ class ImageEncoder(nn.Module):
         if self.contrastive_projection is not None:
             nn.init.normal_(self.contrastive_projection, std=self.config.width**-0.5)
 
-    def forward(self, views: Views, request: Request) -> dict[View, Tensor]:
-        """Encode the requested views in one pass. Returns [crops, B, L, D] for each, after the final norm."""
+    def forward(self, views: Views, request: Request, reads: dict[View, Reads] = {}) -> dict[View, Tensor]:  # noqa: B006
+        """Encode the requested views in one pass. Returns [crops, B, L, D] for each, after the final norm.
+
+        reads: which tokens of a view are read, all of one that is not named. The others are keys to the last, and
+        come out as 0.
+        """
         names = [view for view in View if view.is_image and view in request]
         crops = max([request[v] for v in names if v is not View.LOCAL], default=0)
         embedded = self.embed(views.global_crops[:crops]) if crops else views.global_crops
@@ -177,14 +215,48 @@ class ImageEncoder(nn.Module):
         names.sort(key=lambda view: -sequences[view].shape[2])
         groups = [sequences[view].flatten(0, 1) for view in names]
         packed, layout = pack_dense(groups)
-        tokens = self.encode(packed, layout, self._stochastic_depth(views.drop_keys, names, request, layout))
+        kept = self._stochastic_depth(views.drop_keys, names, request, layout)
+        wanted = self._wanted(views, names, groups, reads)
+        tokens = self.encode(packed, layout, kept, wanted)
+        if wanted is not None:
+            tokens = tokens.new_zeros(packed.shape).index_copy(0, wanted, tokens)
         return {v: t.unflatten(0, (request[v], -1)) for v, t in zip(names, unpack_dense(tokens, groups), strict=True)}
 
-    def encode(self, tokens: Tensor, layout: Layout, kept: list[BranchesKept] | None = None) -> Tensor:
-        """All blocks and the final norm: [T, D] -> [T, D]. kept: by block, for stochastic depth."""
+    def encode(
+        self, tokens: Tensor, layout: Layout, kept: list[BranchesKept] | None = None, wanted: Tensor | None = None
+    ) -> Tensor:
+        """All blocks and the final norm: [T, D] -> [T, D]. kept: by block, for stochastic depth. wanted: int64 [R], the
+        packed places that are read: then [R, D], of those alone."""
+        last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            tokens = run_block(block, i, self.checkpoint_every, tokens, layout, *([kept[i]] if kept else []))
+            arguments: list[Any] = [kept[i]] if kept else []
+            if wanted is not None and i == last:
+                scale = _scale_of(kept[i][1] if kept else None, tokens, wanted)
+                arguments = [kept[i] if kept else (None, None), Wanted(wanted, scale)]
+            tokens = run_block(block, i, self.checkpoint_every, tokens, layout, *arguments)
         return self.norm(tokens)
+
+    def _wanted(
+        self, views: Views, names: list[View], groups: list[Tensor], reads: dict[View, Reads]
+    ) -> Tensor | None:
+        """Packed places of the tokens that are read: int64 [R]; None: all. groups: the views' sequences [n, L, D]."""
+        read = [reads.get(view, Reads.ALL) for view in names]
+        if all(r is Reads.ALL for r in read):
+            return None
+        device, places, start = groups[0].device, [], 0
+        for group, r in zip(groups, read, strict=True):
+            count, length = group.shape[:2]
+            if r is Reads.ALL:
+                places.append(start + torch.arange(count * length, device=device))
+            else:
+                places.append(start + length * torch.arange(count, device=device))
+            if r is Reads.MASKED:
+                # All crops are masked crops here: an objective that reads them asks for every global crop.
+                patches = length - 1
+                sequence = torch.div(views.block_index, patches, rounding_mode="floor")
+                places.append(start + sequence * length + 1 + views.block_index % patches)
+            start += count * length
+        return torch.cat(places)
 
     def features(self, images: Tensor) -> Tensor:
         """Whole images of any side, for evaluation: [B, 3, H, W] -> [B, 1 + P, D], after the final norm."""

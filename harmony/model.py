@@ -19,7 +19,7 @@ from .objectives import REGISTRY, Collectives, Embeddings, Features, Objective, 
 from .schedules import Clock
 from .teacher import become_twin
 from .text_encoder import CaptionFeatures, TextConfig, TextEncoder
-from .views import Request, View, Views, ViewsConfig, union
+from .views import Reads, Request, View, Views, ViewsConfig, union
 
 T = TypeVar("T")
 
@@ -81,9 +81,9 @@ class Branch(nn.Module):
         heads = {name: o.build_head() for name, o in objectives.items() if not teacher or o.teacher_views}
         self.heads = nn.ModuleDict({name: head for name, head in heads.items() if head is not None})
 
-    def encode(self, views: Views, request: Request) -> tuple[dict, dict]:
-        """One pass of each tower over the union of requested views."""
-        images = self.image(views, request) if any(v.is_image for v in request) else {}
+    def encode(self, views: Views, request: Request, reads: dict[View, Reads] | None = None) -> tuple[dict, dict]:
+        """One pass of each tower over the union of requested views. reads: see `ImageEncoder.forward`."""
+        images = self.image(views, request, reads or {}) if any(v.is_image for v in request) else {}
         captions = {} if all(v.is_image for v in request) else self.text(views, request, self.whole_captions)
         return images, captions
 
@@ -102,6 +102,12 @@ class StepOutput(NamedTuple):
     """Unweighted, detached, by objective"""
     metrics: dict[str, Tensor]
     """Detached, by "objective/name" """
+
+
+def most_read(objectives: list[tuple[Request, dict[View, Reads]]]) -> dict[View, Reads]:
+    """What is read of each image view by any of some objectives, given as (views, what each reads of them)."""
+    images = {view for request, _ in objectives for view in request if view.is_image}
+    return {v: max(reads.get(v, Reads.ALL) for request, reads in objectives if v in request) for v in images}
 
 
 Taught = tuple[dict[View, Tensor], dict[View, CaptionFeatures]]
@@ -137,8 +143,9 @@ class Harmony(nn.Module):
 
     @torch.no_grad()
     def teach(self, views: Views) -> Taught:
-        """The one teacher pass of a micro-batch."""
-        return self.teacher.encode(views, self.teacher_views)
+        """The one teacher pass of a micro-batch. What no objective reads is 0."""
+        reads = most_read([(o.teacher_views, o.teacher_reads) for o in self.objectives.values()])
+        return self.teacher.encode(views, self.teacher_views, reads)
 
     def losses(
         self, views: Views, taught: Taught, clock: Clock, collectives: Collectives, names: Sequence[str] | None = None,
@@ -152,7 +159,7 @@ class Harmony(nn.Module):
         Raises KeyError if an objective uses a view it did not ask for.
         """
         objectives = {name: self.objectives[name] for name in names or self.objectives}
-        learned = self.student.encode(views, union([o.student_views for o in objectives.values()]))
+        learned = self._learn(views, list(objectives.values()))
         outcomes, total = {}, 0.0
         for name, objective in objectives.items():
             student, teacher = self.student.features(learned, name), self.teacher.features(taught, name)
@@ -167,7 +174,7 @@ class Harmony(nn.Module):
     def embeddings(self, views: Views, taught: Taught, clock: Clock) -> dict[str, Embeddings]:
         """What the objectives that compare samples need of one micro-batch, without gradient."""
         objectives = {n: o for n, o in self.objectives.items() if o.compares_samples}
-        learned = self.student.encode(views, union([o.student_views for o in objectives.values()]))
+        learned = self._learn(views, list(objectives.values()))
         return {
             name: objective.embed(self.student.features(learned, name), self.teacher.features(taught, name), clock)
             for name, objective in objectives.items()
@@ -177,6 +184,11 @@ class Harmony(nn.Module):
         """The losses of objectives that compare samples, over the embeddings of all micro-batches."""
         outcomes = {n: self.objectives[n].compare(e, clock, collectives) for n, e in embeddings.items()}
         return self._summed(outcomes)
+
+    def _learn(self, views: Views, objectives: list[Objective]) -> tuple[dict, dict]:
+        """The student's pass for some objectives. What none of them reads is 0."""
+        reads = most_read([(o.student_views, o.student_reads) for o in objectives])
+        return self.student.encode(views, union([o.student_views for o in objectives]), reads)
 
     def _summed(self, outcomes: dict[str, Outcome], total: Tensor | float = 0.0) -> StepOutput:
         """Add the weighted losses of objectives to a total."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from enum import Enum
+from enum import Enum, IntEnum
 
 import torch
 from pydantic import Field, PositiveInt
@@ -42,6 +42,17 @@ class View(str, Enum):
     def is_image(self) -> bool:
         """Whether the image encoder makes it."""
         return not self.value.startswith("caption")
+
+
+class Reads(IntEnum):
+    """Which tokens of an image view somebody reads; what nobody reads need not be computed to the end."""
+
+    CLASS = 0
+    """The class token"""
+    MASKED = 1
+    """The class token, and the patches under the block mask"""
+    ALL = 2
+    """Every token"""
 
 
 Request = dict[View, int]

@@ -23,7 +23,7 @@ from ..heads import ProjectionHead, Prototypes
 from ..image_encoder import ImageEncoder
 from ..schedules import Clock, ramp_linear
 from ..text_encoder import CaptionFeatures, TextEncoder
-from ..views import Request, View, Views, ViewsConfig
+from ..views import Reads, Request, View, Views, ViewsConfig
 
 
 class Collectives:
@@ -103,6 +103,16 @@ class Objective(nn.Module, ABC):
     @property
     def teacher_views(self) -> Request:
         """The views it needs from the EMA teacher."""
+        return {}
+
+    @property
+    def student_reads(self) -> dict[View, Reads]:
+        """Which tokens of the student's views it reads; all of a view that is not named."""
+        return {}
+
+    @property
+    def teacher_reads(self) -> dict[View, Reads]:
+        """Which tokens of the teacher's views it reads; all of a view that is not named."""
         return {}
 
     def build_head(self) -> nn.Module | None:

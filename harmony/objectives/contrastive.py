@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...kernels import contrastive_terms
 from ..config import Fraction
 from ..schedules import Clock, ramp_cosine
-from ..views import Request, View, Views
+from ..views import Reads, Request, View, Views
 from .base import (
     Collectives,
     Embeddings,
@@ -93,6 +93,16 @@ class Contrastive(Objective):
         """The same views, if soft targets are used at any time."""
         hard_only = self.config.hard_weight == 1 and self.config.hard_weight_end == 1
         return {} if hard_only else self.student_views
+
+    @property
+    def student_reads(self) -> dict[View, Reads]:
+        """The image's class token."""
+        return {View.GLOBAL_PLAIN: Reads.CLASS}
+
+    @property
+    def teacher_reads(self) -> dict[View, Reads]:
+        """As the student's."""
+        return self.student_reads
 
     def upper_bounds(self) -> list[tuple[nn.Parameter, float]]:
         """The log of the largest logit scale."""

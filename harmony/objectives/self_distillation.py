@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..heads import ProjectionHead, Prototypes
 from ..schedules import Clock
-from ..views import Request, View, Views
+from ..views import Reads, Request, View, Views
 from .base import (
     Collectives,
     Distillation,
@@ -74,6 +74,18 @@ class SelfDistillation(Distillation):
     def teacher_views(self) -> Request:
         """Global crops, unmasked."""
         return {View.GLOBAL_PLAIN: self.crops}
+
+    @property
+    def student_reads(self) -> dict[View, Reads]:
+        """Class tokens, and masked patches if they are distilled."""
+        return {self.student_view: Reads.MASKED if self.patches else Reads.CLASS, View.LOCAL: Reads.CLASS}
+
+    @property
+    def teacher_reads(self) -> dict[View, Reads]:
+        """The same, or every patch if the center is that of all."""
+        if not self.patches:
+            return {View.GLOBAL_PLAIN: Reads.CLASS}
+        return {View.GLOBAL_PLAIN: Reads.ALL if self.config.patch_center == "all" else Reads.MASKED}
 
     def build_head(self) -> ProjectionHead:
         """One head for class tokens and patches."""

@@ -1,0 +1,81 @@
+"""Tokens that nobody reads end before the last block's second half: the same numbers for the others, less work."""
+
+import pytest
+import torch
+from harmony_fast.harmony import model as model_module
+from harmony_fast.harmony.model import Harmony, MethodConfig
+from harmony_fast.harmony.objectives import Collectives
+from harmony_fast.harmony.schedules import Clock
+from harmony_fast.harmony.views import Reads, View, Views, draw_views
+from torch.utils.flop_counter import FlopCounterMode
+
+READS = {View.GLOBAL_PLAIN: Reads.CLASS, View.GLOBAL_MASKED: Reads.MASKED, View.LOCAL: Reads.CLASS}
+
+
+def build(tiny: dict, drop_path: float) -> Harmony:
+    tiny["model"]["image"]["drop_path"] = drop_path
+    torch.manual_seed(0)
+    return Harmony(MethodConfig.model_validate({k: tiny[k] for k in ("model", "views", "objectives")})).double().train()
+
+
+def views_of(model: Harmony, batch: int = 5) -> Views:
+    torch.manual_seed(1)
+    tokens = torch.zeros(batch, 16, dtype=torch.int64)
+    tokens[:, 0], tokens[:, 7], tokens[:, 1:7] = 49406, 49407, torch.randint(1, 49406, (batch, 6))
+    sizes = (2, 32), (model.config.views.local_crops, 16)
+    crops = (torch.randn(count, batch, 3, side, side, dtype=torch.float64) for count, side in sizes)
+    return draw_views(model.config.views, 8, *crops, tokens, torch.arange(batch), 4, 0)
+
+
+def losses(model: Harmony, views: Views) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int]:
+    """Losses, gradients, operations."""
+    with FlopCounterMode(display=False) as counter:
+        output = model.losses(views, model.teach(views), Clock(5, 4, 10), Collectives())
+        output.loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return output.losses, found, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_what_is_read_is_the_same_and_the_rest_is_0(tiny: dict, drop_path: float) -> None:
+    model = build(tiny, drop_path)
+    views = views_of(model)
+    whole, short = (model.student.encode(views, model.student_views, reads)[0] for reads in (None, READS))
+    assert views.block_mask.any() and set(whole) == set(short) == {*READS, View.GLOBAL_VISIBLE}
+    for view, features in whole.items():
+        read = torch.zeros(features.shape[:3], dtype=torch.bool)
+        read[:, :, 0] = True
+        if view is View.GLOBAL_MASKED:
+            read[:, :, 1:] = views.block_mask
+        if view is View.GLOBAL_VISIBLE:
+            read[:] = True
+        torch.testing.assert_close(short[view][read], features[read], rtol=1e-11, atol=1e-12)
+        assert not short[view][~read].any()
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_losses_and_gradients_stay_and_work_goes(
+    tiny: dict, drop_path: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(tiny, drop_path)
+    views = views_of(model)
+    short, gradients, less = losses(model, views)
+    monkeypatch.setattr(model_module, "most_read", lambda objectives: {})
+    whole, expected, more = losses(model, views)
+    assert less < more
+    torch.testing.assert_close(short, whole, rtol=1e-11, atol=0)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-8, atol=1e-11, msg=name)
+
+
+def test_somebody_who_reads_everything_gets_it(tiny: dict) -> None:
+    """scfs reads every patch of the plain crops, which contrast alone would not."""
+    tiny["objectives"] = {name: {"prototypes": 64, "hidden": 32, "bottleneck": 16} for name in ("scfs",)}
+    tiny["objectives"]["contrastive"] = {"embed_dim": 16}
+    model = build(tiny, 0.0)
+    views = views_of(model)
+    taught, _ = model.teach(views)
+    whole, _ = model.teacher.encode(views, model.teacher_views)
+    torch.testing.assert_close(taught[View.GLOBAL_PLAIN], whole[View.GLOBAL_PLAIN])
