@@ -21,7 +21,8 @@ import torch
 
 from ..engine.build import build_model
 from ..engine.config import load_config
-from ..engine.plan import Plan, Planner, Shape
+from ..engine.memory import go_through
+from ..engine.plan import Plan, Planner, Shape, seconds
 from ..engine.rates import SHARE_REACHED, Rates, rates_for
 from ..engine.scaling import Sizes, held_bytes, sent_bytes
 from .machine import ROOT
@@ -48,13 +49,14 @@ class Machine(NamedTuple):
 MACHINES = [Machine("1 x 24 GB", 1, 24), Machine("1 x 80 GB", 1, 80), Machine("8 x 24 GB, PCIe", 8, 24),
             Machine("8 x 80 GB, NVLink", 8, 80)]  # fmt: skip
 NODE = 8
-NETWORKS = {"100 Gbit/s Ethernet a node": 12.5e9 / NODE, "400 Gbit/s InfiniBand a GPU": 50e9}
-"""Between nodes, bytes per second and GPU"""
+"""GPUs"""
+NETWORKS = {"100 Gbit/s Ethernet": 12.5e9, "8 x 400 Gbit/s InfiniBand": 400e9}
+"""Of a node, bytes per second. A ring leaves a node at one of its GPUs, so what a GPU sends is what a node sends"""
 REACHED = 0.8
 """Share of a network's rate that all-reduces reach"""
 SHARE_OF_MEMORY = 0.95
 """Of a card, what a micro-batch may be predicted to take"""
-PAPER_BATCH = 768
+PAPER_BATCH, GPU_BATCH = 768, 96
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,18 +121,20 @@ def predictions(config: Path) -> dict[str, Any]:
 
 
 def growth(config: Path) -> list[dict[str, Any]]:
-    """Samples/s on 1 to 64 GPUs of 80 GB, 96 samples on each: inside a node over NVLink, between nodes over either
-    network."""
+    """Samples/s on 1 to 64 GPUs of 80 GB, 96 samples on each in one pass: inside a node over NVLink, between nodes over
+    either network. The passes are the same on every GPU: they are gone through once."""
     inside, rows = rates_for(80 * GIB), []
+    chosen = load_config(config, [f"data.batch_size={GPU_BATCH}", "zero.stage=1"])
+    passes = go_through(chosen, 1)
     for gpus in (1, 2, 4, 8, 16, 32, 64):
         links = {"one node": inside.link} if gpus <= NODE else NETWORKS
         for name, rate in links.items():
-            reached = rate if gpus <= NODE else min(inside.link, REACHED * rate)
-            plan = largest(config, gpus, dataclasses.replace(inside, link=reached), 80 * GIB, 96 * gpus)
-            speed = plan.samples_per_second
+            link = rate if gpus <= NODE else min(inside.link, REACHED * rate)
+            parts = seconds(chosen, gpus, passes, dataclasses.replace(inside, link=link))
+            speed = GPU_BATCH * gpus / sum(parts.values())
             alone = rows[0]["samples_per_second"] if rows else speed
             rows.append({
-                "gpus": gpus, "link": name, "batch": 96 * gpus, "samples_per_second": speed, "seconds": plan.seconds,
+                "gpus": gpus, "link": name, "batch": GPU_BATCH * gpus, "samples_per_second": speed, "seconds": parts,
                 "efficiency": speed / gpus / alone,
             })  # fmt: skip
     return rows
@@ -157,7 +161,8 @@ def assumptions() -> list[str]:
         f"products run at {SHARE_REACHED:.0%} of the data sheet's dense bf16 rate, the device's memory at 80 % of its; "
         "what operators write is read twice and written once, and adds to the products' time",
         "the host needs 6 microseconds to start an operator; nothing else of it is felt, the loader included",
-        f"between nodes all-reduces reach {REACHED:.0%} of {', '.join(NETWORKS)}; bytes by engine/scaling.py",
+        f"between nodes collectives reach {REACHED:.0%} of {' or '.join(NETWORKS)} a node, but no more than inside; a "
+        "ring leaves a node at one GPU; bytes by engine/scaling.py",
         "half of the compute hides communication, but at least a quarter of it is felt",
         "AdamW and the EMA move 32 bytes a parameter of a rank's share",
     ]

@@ -40,7 +40,11 @@ from .timing import Stopwatch, Timing, alternate, product_rate
 CONFIGS = Path(__file__).parents[1] / "configs"
 OURS, BASELINE, OPEN_CLIP = "harmony-fast", "four passes", "open_clip"
 BASELINE_FP32 = "four passes, fp32"
-VARIANTS = {"compiled": ["compile=true"], "split": ["pass=split"]}
+VARIANTS = {
+    "compiled": ["compile=true"], "split": ["pass=split"], "micro-batches": ["data.micro_batch_size={quarter}"],
+    "recomputed": ["activation_checkpointing.image=1", "activation_checkpointing.text=1"],
+}  # fmt: skip
+"""Ours in other ways; micro-batches: four of them, with the contrast of the whole step"""
 GOALS = {"cpu": {"fp32": (1.5, 0.5), "bf16": (2.5, 0.5)}, "cuda": {"bf16": (3.0, 0.35)}}
 """By device and precision: how many times the baseline's samples/s, and which share of its peak memory, ours is to
 reach; with bf16 on a CPU, of the baseline in fp32"""
@@ -135,7 +139,8 @@ def contenders(
     ours, device = count_ours(config, views).flops, ranks.device
     found = {OURS: Contender(partial(Ours, config, batch, ranks), ours)}
     for name in variants:
-        chosen = with_overrides(config, VARIANTS[name])
+        quarter = config.data.batch_size // 4
+        chosen = with_overrides(config, [setting.format(quarter=quarter) for setting in VARIANTS[name]])
         found[f"{OURS}, {name}"] = Contender(partial(Ours, chosen, batch, ranks), ours)
     if kind == "clip":
         found[OPEN_CLIP] = Contender(partial(OpenClip, config, batch, device), count_open_clip(config))

@@ -87,12 +87,12 @@ def loader(report: dict[str, Any]) -> str:
     ]
     large = next(case["images_per_second"] for case in report["dct"] if case["side"] == 1024)
     gain = large["with DCT scaling"] / large["decoded whole"]
-    opening = report["opening"]
+    opening, prepared = report["opening"], report["prepare"]["images_per_second"]
     return (
         f"Images of 2 global and 8 local crops a second on {_machine(machine)}, medians of {report['rounds']} "
         "alternating rounds:\n\n"
         + table(["JPEGs of", *(f"{case['side']} px" for case in cases)], rows)
-        + f"\n\n`prepare` passes {report['prepare']['images_per_second']:,.0f} JPEGs of 256 px a second through. A file "
+        + f"\n\n`prepare` passes {prepared:,.0f} JPEGs of 256 px a second through. A file "
         f"of {opening['samples'] / 1e6:.0f} million samples is open in {opening['seconds_to_open']:.2f} s.\n"
         "DCT scaling is used where an image is larger than its crops need: at 1,024 px it makes decoding and\n"
         f"cutting {gain:.1f} times as fast."

@@ -1,0 +1,103 @@
+"""The benchmark of a training step: it runs as a command, and what it counts and compares is right."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harmony_fast.bench.profiling import gaps
+from harmony_fast.bench.step import LARGEST_DIFFERENCE, OURS, compared, configured, tokens_a_sample
+from harmony_fast.bench.step_rivals import PARTS, count_open_clip, made_samples
+from harmony_fast.bench.timing import Stopwatch
+from harmony_fast.engine.config import parse_config
+from tiny import tiny_config
+
+TINY = [
+    "model.image={width: 32, depth: 2, heads: 2, patch_size: 16}", "model.text.width=32", "model.text.depth=1",
+    "model.text.heads=2", "model.text.vocabulary=100", "views.global_size=32", "views.local_size=16",
+    "views.local_crops=2", "objectives.contrastive.embed_dim=16",
+]  # fmt: skip
+HEADS = [
+    "objectives.self_distillation={prototypes: 32, hidden: 32, bottleneck: 16}",
+    "objectives.text_distillation={prototypes: 32, hidden: 32, bottleneck: 16}",
+    "objectives.reconstruction={width: 16, depth: 1, heads: 2}", "objectives.masked_language.depth=1",
+]  # fmt: skip
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["step", "clip"])
+def test_the_command_writes_json_and_plot(kind: str, tmp_path: Path) -> None:
+    """In a process of its own: DeepSpeed keeps state in its."""
+    command = [
+        sys.executable, "-m", "harmony_fast.bench.step", "--only", kind, "--tower", "ViT-Ti/16", "--micro", "4",
+        "--precision", "fp32", "--rounds", "3", "--out", str(tmp_path), "--set", *TINY,
+        *(HEADS if kind == "step" else ["views.local_crops=0"]), "--variant", "split", "micro-batches",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=880,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "samples/s" in done.stdout and "student forward" in done.stdout
+    assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+    (case,) = json.loads((tmp_path / "step.json").read_text())["cases"]
+    rival = "four passes" if kind == "step" else "open_clip"
+    assert list(case["results"]) == [OURS, f"{OURS}, split", f"{OURS}, micro-batches", rival]
+    for result in case["results"].values():
+        assert 0 < result["samples_per_second"] and 0 < result["mfu"] < 2
+        assert result["peak_mib"] > result["held_mib"] > 0
+        assert {"data", "student forward", "backward", "optimizer"} <= {p for p in PARTS if result["breakdown_ms"][p]}
+    if kind == "step":
+        assert case["right"] and case["loss_difference"][rival] < 1e-4
+        assert case["results"][OURS]["flops_per_sample"] < case["results"][rival]["flops_per_sample"]
+
+
+def test_losses_that_differ_are_no_success() -> None:
+    def result(loss: float) -> dict[str, Any]:
+        return {"losses": {"contrastive": loss}, "samples_per_second": 2.0, "peak_mib": 1.0}
+
+    for factor, right in ((1 + LARGEST_DIFFERENCE["fp32"] / 2, True), (1.01, False), (float("nan"), False)):
+        results = {OURS: result(factor), "four passes": result(1.0)}
+        assert compared("step", "fp32", torch.device("cpu"), results)["right"] == right
+
+
+def test_captions_are_as_long_as_cc3ms() -> None:
+    raw = tiny_config()
+    raw["data"]["batch_size"], raw["model"]["text"]["context"] = 4000, 77
+    batch = made_samples(parse_config(raw, "the test"))
+    lengths = batch.tokens.argmax(-1) + 1
+    assert float(lengths.float().mean()) == pytest.approx(10.3 * 1.3 + 2, rel=0.03)
+    assert float(lengths.float().std()) == pytest.approx(4.5 * 1.3, rel=0.1)
+    padded = torch.arange(77) >= lengths[:, None]
+    assert not batch.tokens[padded].any() and (batch.tokens[~padded] > 0).all()
+
+
+def test_tokens_of_a_packed_pass() -> None:
+    assert tokens_a_sample(configured("step", "ViT-S/16", 8, "fp32", [])) == 987  # DESIGN: 2 x 197, 8 x 37, 197, 2 x 50
+    assert tokens_a_sample(configured("clip", "ViT-S/16", 8, "fp32", [])) == 197
+
+
+def test_open_clips_operations() -> None:
+    """Those of its towers by hand: 12 products of width squared a block and token, two of attention a pair."""
+    config = configured("clip", "ViT-S/16", 2, "fp32", [])
+    image = 12 * (12 * 384**2 * 197 + 2 * 384 * 197**2) + 196 * 768 * 384 + 384 * 512
+    text = 12 * (12 * 512**2 * 77 + 2 * 512 * 77**2) + 512 * 512
+    assert count_open_clip(config) == pytest.approx(3 * 2 * 2 * (image + text), rel=0.02)
+
+
+def test_parts_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(100))
+    monkeypatch.setattr("harmony_fast.bench.timing.time.perf_counter", lambda: float(next(now)))
+    watch = Stopwatch(torch.device("cpu"))
+    with watch("forward"), watch("teacher"):
+        pass
+    assert watch.seconds == {"forward": 2.0, "teacher": 1.0}
+
+
+def test_gaps_between_kernels() -> None:
+    assert gaps([(5.0, 7.0), (0.0, 2.0), (1.0, 3.0), (6.0, 8.0), (10.0, 11.0)]) == 2.0 + 2.0
+    assert gaps([]) == 0.0
