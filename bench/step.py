@@ -29,6 +29,7 @@ from ..engine.distributed import Ranks, join
 from ..engine.half_on_cpu import ProductsInFloat, products_for
 from ..engine.live_bytes import LiveBytes
 from ..harmony.views import Views
+from .baseline import unwatched
 from .comparison import release
 from .counts import CLOCK, count_baseline, count_ours
 from .machine import describe_machine, results_folder
@@ -177,29 +178,35 @@ def tokens_a_sample(config: RunConfig) -> int:
 
 def examine(make: Callable[[], Rival], device: torch.device, profile: bool) -> dict[str, Any]:
     """A rival alone: losses of its first step, peak memory of its second, breakdown of its third, perhaps a profile."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        rival = make()
-        losses = _numbers(rival.step())
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device) - before
+    rival, losses, held, peak = two_steps(make, device)
+    rival.watch = stopwatch = Stopwatch(device)
+    with stopwatch("rest"):
         rival.step()
-        torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device) - before
-    else:
+    rival.watch = unwatched
+    parts = {part: 1e3 * stopwatch.seconds[part] for part in (*PARTS, "rest")}
+    found = {"losses": losses, "peak_mib": peak / 2**20, "held_mib": held / 2**20, "breakdown_ms": parts}
+    return found | ({"profile": summarise(rival.step, device)} if profile else {})
+
+
+def two_steps(make: Callable[[], Rival], device: torch.device) -> tuple[Rival, dict[str, float], float, float]:
+    """A new rival after two steps, the losses of the first, and the bytes that it holds between steps and that are
+    alive at the fullest moment of the second: allocated by torch on a GPU, of live tensors on a CPU."""
+    if device.type != "cuda":
         with LiveBytes(device) as live:
             rival = make()
             losses = _numbers(rival.step())
             held, live.peak = live.now.total(), 0.0
             rival.step()
-            peak = live.peak
-    rival.watch = stopwatch = Stopwatch(device)
-    with stopwatch("rest"):
-        rival.step()
-    parts = {part: 1e3 * stopwatch.seconds[part] for part in (*PARTS, "rest")}
-    found = {"losses": losses, "peak_mib": peak / 2**20, "held_mib": held / 2**20, "breakdown_ms": parts}
-    return found | ({"profile": summarise(rival.step, device)} if profile else {})
+        return rival, losses, held, live.peak
+    before = torch.cuda.memory_allocated(device)
+    rival = make()
+    losses = _numbers(rival.step())
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    held = torch.cuda.memory_allocated(device) - before
+    rival.step()
+    torch.cuda.synchronize(device)
+    return rival, losses, held, torch.cuda.max_memory_allocated(device) - before
 
 
 def _numbers(losses: dict[str, Tensor]) -> dict[str, float]:
