@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from harmony_fast.bench import tables
 from harmony_fast.bench.profiling import gaps
 from harmony_fast.bench.step import LARGEST_DIFFERENCE, OURS, compared, configured, tokens_a_sample
 from harmony_fast.bench.step_rivals import PARTS, count_open_clip, made_samples
@@ -28,6 +29,15 @@ HEADS = [
 ]  # fmt: skip
 
 
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=880,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["step", "clip"])
 def test_the_command_writes_json_and_plot(kind: str, tmp_path: Path) -> None:
@@ -37,23 +47,34 @@ def test_the_command_writes_json_and_plot(kind: str, tmp_path: Path) -> None:
         "--precision", "fp32", "--rounds", "3", "--out", str(tmp_path), "--set", *TINY,
         *(HEADS if kind == "step" else ["views.local_crops=0"]), "--variant", "split", "micro-batches",
     ]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=880,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run(command)
     assert "samples/s" in done.stdout and "student forward" in done.stdout
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
-    (case,) = json.loads((tmp_path / "step.json").read_text())["cases"]
+    report = json.loads((tmp_path / "step.json").read_text())
+    (case,) = report["cases"]
+    assert f"{case['results'][OURS]['samples_per_second']:.2f} (" in tables.step(report)
     rival = "four passes" if kind == "step" else "open_clip"
     assert list(case["results"]) == [OURS, f"{OURS}, split", f"{OURS}, micro-batches", rival]
     for result in case["results"].values():
-        assert 0 < result["samples_per_second"] and 0 < result["mfu"] < 2
+        assert result["samples_per_second"] > 0 and result["mfu"] > 0
         assert result["peak_mib"] > result["held_mib"] > 0
         assert {"data", "student forward", "backward", "optimizer"} <= {p for p in PARTS if result["breakdown_ms"][p]}
     if kind == "step":
         assert case["right"] and case["loss_difference"][rival] < 1e-4
         assert case["results"][OURS]["flops_per_sample"] < case["results"][rival]["flops_per_sample"]
+
+
+@pytest.mark.timeout(900)
+def test_predicted_peaks_are_those_of_steps(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "harmony_fast.bench.memory", "--only", "packed", "split", "--tower", "ViT-Ti/16",
+        "--micro", "8", "--out", str(tmp_path), "--set", *TINY, *HEADS,
+    ]  # fmt: skip
+    assert "predicted" in run(command).stdout
+    cases = json.loads((tmp_path / "memory.json").read_text())["cases"]
+    assert [case["setting"] for case in cases] == ["packed", "split"]
+    for case in cases:
+        assert case["measured"] > 0 and abs(case["error"]) <= 0.05
 
 
 def test_losses_that_differ_are_no_success() -> None:
