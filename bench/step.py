@@ -267,6 +267,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if min(options.micro) < 2:
         parser.error("--micro must be at least 2: samples are compared with each other")
+    if "compiled" in options.variant and not gpu:
+        parser.error("--variant compiled needs a GPU: on a CPU memory is counted operator by operator")
     return options
 
 
