@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..engine.build import build_model
 from ..engine.config import RunConfig
 from ..engine.live_bytes import LiveBytes
 from ..engine.memory import imagined_samples
-from ..engine.train import build_model
 from ..harmony.model import Harmony
 from ..harmony.objectives import Collectives
 from ..harmony.schedules import Clock

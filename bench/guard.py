@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from ..engine.accumulate import accumulate
 from ..engine.backends import DTYPES
+from ..engine.build import build_model
 from ..engine.config import load_config
 from ..engine.errors import UserError
 from ..engine.live_bytes import LiveBytes
 from ..engine.scaling import Sizes, sent_bytes
-from ..engine.train import build_model
 from ..harmony.model import Branch, Harmony
 from ..harmony.objectives import Collectives
 from ..kernels import dispatch

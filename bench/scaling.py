@@ -144,7 +144,7 @@ def largest(config: Path, gpus: int, rates: Rates, memory: float, batch: int) ->
     """The largest micro-batch of one packed pass without recomputation that is predicted to fit."""
     planner = Planner(load_config(config, [f"data.batch_size={batch}"]), gpus, rates)
     for micro in (size for size in (96, 48, 24, 12, 6) if batch // gpus % size == 0):
-        plan = planner.examine({
+        [plan] = planner.examine({
             "data.micro_batch_size": micro, **Shape("packed", 0, 0).settings, "zero.stage": 1,
             "optimizer.states": "fp32", "zero.offload_optimizer": False, "zero.offload_parameters": False,
         })  # fmt: skip

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ..engine.accumulate import accumulate
 from ..engine.backends import DTYPES, use_backends
+from ..engine.build import build_model, count_micro_batches
 from ..engine.config import RunConfig
 from ..engine.data.batch import RawBatch
 from ..engine.data.views import StepViews
 from ..engine.distributed import Ranks
 from ..engine.ema import ShardedEma
 from ..engine.live_bytes import LiveBytes
-from ..engine.train import build_model, count_micro_batches
 from ..engine.zero import Zero, scalars_at
 from ..harmony.views import Views
 from .baseline import FourPass, Watch, unwatched

@@ -10,9 +10,9 @@ import pytest
 import torch
 from harmony_fast.bench.baseline import PASSES, FourPass
 from harmony_fast.bench.counts import count_baseline
+from harmony_fast.engine.build import build_model
 from harmony_fast.engine.config import RunConfig, parse_config
 from harmony_fast.engine.errors import UserError
-from harmony_fast.engine.train import build_model
 from harmony_fast.harmony.objectives import Collectives
 from harmony_fast.harmony.schedules import Clock
 from harmony_fast.harmony.views import Views, draw_views
