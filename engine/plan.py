@@ -27,6 +27,10 @@ ESTIMATED = 1.03
 """Settings that are estimated to exceed the budget by less than this are gone through, too"""
 
 
+LESS = 0.98
+"""If a setting turns out not to fit, the next one of its kind must be estimated to need this much of it at most"""
+
+
 class Shape(NamedTuple):
     """How a rank's samples go through the model."""
 
@@ -140,16 +144,21 @@ class Planner:
         Raises UserError if nothing fits: what the smallest setting needs, and which part of it is the largest.
         """
         found: dict[tuple, Plan] = {}
-        waiting = [plan for plan in self._estimates if budget.fits(plan.memory, ESTIMATED)]
-        while len(found) < count and waiting:
+        bound = dict.fromkeys(map(_kind, self._estimates), ESTIMATED * budget.device)
+        while len(found) < count:
             some: dict[tuple, Plan] = {}
-            for plan in waiting:
-                if _kind(plan) not in found and len(some) < self._walks.cores:
-                    some.setdefault(_kind(plan), plan)
-            exact = self.examine(*(plan.settings for plan in some.values()))
-            found |= {_kind(plan): plan for plan in exact if budget.fits(plan.memory)}
-            tried = list(some.values())
-            waiting = [plan for plan in waiting if plan not in tried and _kind(plan) not in found]
+            for plan in self._estimates:
+                kind = _kind(plan)
+                if kind not in found and len(some) < self._walks.cores and plan.memory.total <= bound[kind]:
+                    if budget.fits(plan.memory, ESTIMATED):
+                        some.setdefault(kind, plan)
+            if not some:
+                break
+            for kind, exact in zip(some, self.examine(*(plan.settings for plan in some.values())), strict=True):
+                if budget.fits(exact.memory):
+                    found[kind] = exact
+                else:  # others of its kind that are estimated to need as much would not fit either
+                    bound[kind] = LESS * some[kind].memory.total
         if not found:
             few = sorted(self._estimates, key=lambda plan: plan.memory.total)[:3]
             smallest = min(self.examine(*(plan.settings for plan in few)), key=lambda plan: plan.memory.total)
