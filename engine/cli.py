@@ -202,6 +202,29 @@ def export(
 
 
 @app.command()
+def sweep(
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="CONFIG... [KEY=VALUE]...", help="Recipes, and settings that all of them share."),
+    ],
+    data: Annotated[
+        str, typer.Option(help="demo, a .beton file, or a configuration whose data, towers and schedule all share.")
+    ] = "demo",
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each run; default: as --data.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each recipe.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder of runs and results.")] = Path("runs/sweep"),
+    ranks: Annotated[int, typer.Option("--ranks", "--gpus", min=1, help="Processes of each run.")] = 1,
+) -> None:
+    """Train recipes under the same budget; table and plot that compare them. Goes on where it was interrupted."""
+    from .sweep import run
+
+    recipes, overrides = [Path(w) for w in words if "=" not in w], [w for w in words if "=" in w]
+    if not recipes:
+        raise UserError("name at least one recipe: sweep configs/recipes/*.yaml --data demo")
+    run(recipes, overrides, data, steps, seeds, out, ranks)
+
+
+@app.command()
 def convert(
     words: Annotated[
         list[str],
@@ -230,11 +253,14 @@ def convert(
 
 
 @app.command()
-def report(run: Run) -> None:
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are laid side by side.")],
+    out: Annotated[Path | None, typer.Option(help="File to write; default: report.html in the run's folder.")] = None,
+) -> None:
     """One HTML page with curves, metrics and pictures."""
     from .report import write_report
 
-    print(write_report(run))
+    print(write_report(*runs, out=out))
 
 
 @app.command()

@@ -328,25 +328,26 @@ def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A file's keys on top of those of its base. above: the files that led here."""
     if path.resolve() in above:
         raise UserError(f"{path}: is its own base ({' -> '.join(p.name for p in above)})")
-    raw = _read_yaml(path)
+    raw = read_yaml(path)
     base = raw.pop("base", None)
     if base is None:
         return raw
     if not isinstance(base, str):
         raise UserError(f"{path}: 'base' must be the path of a configuration file (given: {base!r})")
-    return _merged(_read_with_base(path.parent / base, (*above, path.resolve())), raw)
+    return merged(_read_with_base(path.parent / base, (*above, path.resolve())), raw)
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Nested plain data with the keys of `above` in place of those of `below`."""
     both = {
-        key: _merged(below[key], value) if isinstance(value, dict) and isinstance(below.get(key), dict) else value
+        key: merged(below[key], value) if isinstance(value, dict) and isinstance(below.get(key), dict) else value
         for key, value in above.items()
     }
     return {**below, **both}
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of one file, without its base's. Raises UserError."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -119,6 +119,10 @@ class Objective(nn.Module, ABC):
         """A head on top of the encoders that has an EMA twin."""
         return None
 
+    def scheduled(self, clock: Clock) -> dict[str, float]:
+        """Scalars of its own that change over time, by name, at this step: for those who watch a run."""
+        return {}
+
     def frozen_parameters(self, head: Any) -> tuple[list[nn.Parameter], int]:
         """Parameters of the student's head that stay fixed at the start, and for how many epochs."""
         return [], 0
@@ -296,6 +300,10 @@ class Distillation(Objective):
             student, layers[0](), teacher, layers[1](), center.value,
             student_temperature=self.config.student_temperature, teacher_temperature=temperature, row_weight=row_weight,
         )  # fmt: skip
+
+    def scheduled(self, clock: Clock) -> dict[str, float]:
+        """The teacher's temperature."""
+        return {"teacher_temperature": self.teacher_temperature(clock)}
 
     def teacher_temperature(self, clock: Clock) -> float:
         """The temperature of the teacher's scores at this step."""

@@ -143,6 +143,10 @@ class Contrastive(Objective):
             return Outcome(hard, metrics)
         return Outcome(weight * hard + (1 - weight) * soft, {**metrics, "soft": soft.detach()})
 
+    def scheduled(self, clock: Clock) -> dict[str, float]:
+        """The weight of the hard targets, where there are others."""
+        return {"weight_of_hard_targets": self.hard_weight(clock)} if self.teacher_views else {}
+
     def hard_weight(self, clock: Clock) -> float:
         """Weight of the hard targets at this step."""
         c = self.config

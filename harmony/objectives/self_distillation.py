@@ -116,10 +116,19 @@ class SelfDistillation(Distillation):
         weight = 1 / (counts[views.block_index // views.block_mask.shape[-1]] * counts.numel()).to(known.dtype)
         patch_loss = self.cross_entropy(
             learned_patches, known_patches, (student.head.patch_layer(), teacher.head.patch_layer()),
-            self.patch_center, self.warmed_up(clock, cfg.patch_temperature_start, cfg.patch_temperature), weight,
+            self.patch_center, self.patch_temperature(clock), weight,
         )  # fmt: skip
         metrics["patch"] = patch_loss.detach()
         return Outcome(cfg.class_weight * class_loss + cfg.patch_weight * patch_loss, metrics)
+
+    def scheduled(self, clock: Clock) -> dict[str, float]:
+        """The teacher's temperatures, of class tokens and of patches."""
+        patches = {"patch_temperature": self.patch_temperature(clock)} if self.patches else {}
+        return {**super().scheduled(clock), **patches}
+
+    def patch_temperature(self, clock: Clock) -> float:
+        """The temperature of the teacher's patches at this step."""
+        return self.warmed_up(clock, self.config.patch_temperature_start, self.config.patch_temperature)
 
     def student_vectors(self, student: Features, views: Views) -> tuple[Tensor, Tensor]:
         """Unit vectors of class tokens [G + N, B, d] and of masked patches [M, d]."""

@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 import torch
 from harmony_fast.engine.config import parse_config
-from harmony_fast.engine.report_pictures import class_attention, reconstruct, with_holes
-from harmony_fast.engine.report_samples import cut_crops
+from harmony_fast.engine.data.labelled import LabelledSample
+from harmony_fast.engine.report.patches import class_attention, components, principal_colours
+from harmony_fast.engine.report.reconstructions import reconstruct
+from harmony_fast.engine.report.samples import cut_crops
+from harmony_fast.engine.report.targets import drawn
+from harmony_fast.engine.report.views import with_holes
 from harmony_fast.harmony.model import Harmony
 from harmony_fast.harmony.objectives import Collectives, Features
 from harmony_fast.harmony.schedules import Clock
 from harmony_fast.harmony.views import View, Views, draw_views
 from PIL import Image
+from sklearn.decomposition import PCA
 
 CONFIG = parse_config(
     {
@@ -90,3 +95,46 @@ def test_holes_are_transparent() -> None:
     assert shown[0, 0, 0].tolist() == [200, 200, 200, 255]
     assert shown[0, 0, 8, 3] == shown[0, 8, 0, 3] == 0
     assert shown[0, 8, 8, 3] == 255
+
+
+def test_components_are_those_of_an_independent_implementation() -> None:
+    rows = torch.randn(200, 12) @ torch.randn(12, 12) + torch.randn(12)
+    theirs = torch.from_numpy(PCA(3).fit_transform(rows.numpy()))
+    ours = components(rows, 3)
+    for i in range(3):  # up to the sign
+        assert min((ours[:, i] - s * theirs[:, i]).abs().max() for s in (1, -1)) < 1e-3
+
+
+def test_foreground_is_in_the_middle_and_colours_are_shared() -> None:
+    tokens = 0.1 * torch.randn(4, 64, 10)
+    inside = torch.zeros(8, 8, dtype=torch.bool)
+    inside[2:6, 2:6] = True
+    tokens[:, inside.flatten(), 0] += 5.0
+    left = torch.zeros(8, 8, dtype=torch.bool)
+    left[2:6, 2:4] = True
+    tokens[:, left.flatten(), 1] += 2.0
+    colours, front = principal_colours(tokens)
+    assert torch.equal(front, inside.flatten().expand(4, -1))
+    parts = [colours[:, side][..., 0].mean() for side in (left.flatten(), (inside & ~left).flatten())]
+    assert abs(parts[0] - parts[1]) > 0.5
+    assert colours[front].min() >= 0
+    assert colours[front].max() <= 1
+    assert not colours[~front].any()
+
+
+def test_equal_tokens_have_no_components_and_no_error() -> None:
+    colours, front = principal_colours(torch.ones(2, 16, 5))
+    assert colours.shape == (2, 16, 3)
+    assert front.shape == (2, 16)
+    assert colours.isfinite().all()
+
+
+def test_a_matrix_is_brightest_where_it_is_largest() -> None:
+    probabilities = torch.tensor([[0.7, 0.3], [0.1, 0.9]])
+    samples = [LabelledSample(str(i), Image.new("RGB", (50, 30), (0, 0, 255)), "", {}) for i in range(2)]
+    pixels = drawn(probabilities, samples)
+    assert pixels.shape == (108, 108, 3)
+    cells = pixels[54::36, 54::36].sum(-1, dtype=int)
+    assert cells.argmax() == 3
+    assert cells.argmin() == 2
+    assert (pixels[40:60, 10:30] == (0, 0, 255)).all(-1).any()  # the first row's image

@@ -5,35 +5,18 @@ from __future__ import annotations
 import io
 import json
 import re
-import tarfile
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from harmony_fast.engine.config import RunConfig, dump_config, parse_config
 from harmony_fast.engine.data.beton import BetonWriter
 from harmony_fast.engine.data.images import to_jpeg
 from harmony_fast.engine.data.parts import tokenize
 from harmony_fast.engine.errors import UserError
 from harmony_fast.engine.report import write_report
-from harmony_fast.engine.report_curves import read_log
-from harmony_fast.harmony.model import Harmony
-from PIL import Image
-from safetensors.torch import save_file
-
-HOSTILE = '<script>alert("caption")</script> & <img src=https://example.com/x.png>'
-CONTEXT = 12
-SAMPLES = 10
-ALL: dict[str, Any] = {
-    "contrastive": {"embed_dim": 8},
-    "self_distillation": {"prototypes": 16, "hidden": 16, "bottleneck": 8},
-    "reconstruction": {"width": 16, "depth": 1, "heads": 2},
-    "masked_language": {"depth": 1},
-    "text_distillation": {"prototypes": 16, "hidden": 16, "bottleneck": 8},
-}
+from harmony_fast.engine.report.curves import read_log
+from harmony_fast.engine.report.run import short_names
+from report_runs import ALL, CONTEXT, HOSTILE, configuration, drawing, write_run, write_tar
 
 
 class Page(HTMLParser):
@@ -74,64 +57,6 @@ class Page(HTMLParser):
         return {anchor for anchor, text in self.parts.items() if "Not shown: " in text}
 
 
-def drawing(i: int, artist: int) -> Image.Image:
-    """A small picture that depends on both."""
-    pixels = np.full((40, 36, 3), 255, np.uint8)
-    pixels[5 + i : 25 + i, 4 : 20 + artist] = [25 * i, 250 - 20 * i, 90 * artist]
-    return Image.fromarray(pixels)
-
-
-def write_tar(path: Path, artist: int, caption: str, label: Any = None) -> str:
-    """Ten labelled drawings; the caption, and the class of the first, are given."""
-    with tarfile.open(path, "w") as tar:
-        for i in range(SAMPLES):
-            png = io.BytesIO()
-            drawing(i, artist).save(png, "PNG")
-            labels = {"name": label if label and i == 0 else f"thing {i}", "subcategory": f"group {i % 3}"}
-            text = f"{caption} {i}"
-            for name, data in (("png", png.getvalue()), ("txt", text.encode()), ("json", json.dumps(labels).encode())):
-                member = tarfile.TarInfo(f"{i:04d}.{name}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    return str(path)
-
-
-def configuration(folder: Path, objectives: dict[str, Any], **more: Any) -> RunConfig:
-    return parse_config(
-        {
-            "run_dir": str(folder),
-            "data": {"train": str(folder / "train.beton"), "batch_size": 4},
-            "model": {
-                "image": {"width": 16, "depth": 2, "heads": 2, "patch_size": 8},
-                "text": {"width": 16, "depth": 1, "heads": 2, "context": CONTEXT},
-            },
-            "views": {"global_size": 32, "local_size": 16, "local_crops": 2},
-            "objectives": objectives,
-            **more,
-        },
-        "test",
-    )
-
-
-def write_run(config: RunConfig) -> Path:
-    """A run folder as training leaves it, with the initial weights."""
-    folder = config.run_dir
-    checkpoint = folder / "checkpoints" / "step-00000001"
-    checkpoint.mkdir(parents=True)
-    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    (folder / "checkpoints" / "latest").write_text(checkpoint.name)
-    torch.manual_seed(0)
-    model = Harmony(config)
-    save_file({k: v.clone() for k, v in model.state_dict().items()}, checkpoint / "weights.safetensors")
-    lines = []
-    for step in range(1, 40):
-        losses = {f"loss/{name}": 3.0 / step for name in model.objectives}
-        entry = {"step": step, "loss": 9.0 / step, **losses, "lr": 1e-3, "samples_per_second": 100.0}
-        lines.append(json.dumps({**entry, "contrastive/accuracy": 0.5}))
-    (folder / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 40, "lo')
-    return folder
-
-
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with all objectives, held-out sets with a hostile caption, and no metrics."""
@@ -154,9 +79,15 @@ def test_everything_is_there(full_page: Page) -> None:
     assert full_page.images["reconstructions"] == 8 * 3
     assert full_page.images["attention"] == 8 * (1 + 1 + 2)
     assert full_page.images["neighbours"] == 8 * (1 + 6)
-    assert full_page.images["zero-shot"] == 8
+    assert full_page.images["names"] == 8
+    assert full_page.images["pairs"] == 8 + 8 * 6
+    assert full_page.images["patches"] == 8 * 2
+    assert full_page.images["targets"] == 2
     assert "Reconstruction (MAE)" in full_page.parts["losses"]
-    assert "Contrastive: accuracy" in full_page.parts["training"]
+    assert "Contrastive (CLIP)Accuracy" in full_page.parts["others"]
+    assert "Samples per second" in full_page.parts["speed"]
+    assert all(attributes.get("alt") for name, attributes in full_page.tags if name == "img")
+    assert not {"input", "fieldset"} & {name for name, _ in full_page.tags}  # nothing to choose between
 
 
 def test_nothing_is_fetched_and_nothing_runs(full: Path, full_page: Page) -> None:
@@ -214,9 +145,8 @@ def test_a_run_without_text_and_without_teacher(full: Path, tmp_path: Path) -> N
     page = Page(
         write_report(write_run(configuration(tmp_path, {"reconstruction": ALL["reconstruction"]}, evaluate=evaluate)))
     )
-    assert page.absent() == {"metrics", "zero-shot", "neighbours"}
-    assert "no contrastive objective" in page.parts["zero-shot"]
-    assert "evaluate.bank" in page.parts["neighbours"]
+    assert page.absent() == {"metrics"}
+    assert not page.parts.keys() & {"names", "pairs", "targets"}  # no heading of what it cannot have
     assert "student" in page.parts["attention"]
     assert "mask tokens (iBOT)" not in page.parts["views"]
     assert "Text tower" not in page.text
@@ -225,7 +155,8 @@ def test_a_run_without_text_and_without_teacher(full: Path, tmp_path: Path) -> N
 def test_a_run_without_reconstruction(full: Path, tmp_path: Path) -> None:
     evaluate = {"data": [str(full / "queries.tar")], "bank": [str(full / "bank.tar")]}
     page = Page(write_report(write_run(configuration(tmp_path, {"contrastive": {"embed_dim": 8}}, evaluate=evaluate))))
-    assert page.absent() == {"metrics", "reconstructions"}
+    assert page.absent() == {"metrics"}
+    assert "reconstructions" not in page.parts
     assert "local crops" not in page.parts["views"]
     assert HOSTILE in page.parts["views"]
     assert "<script" not in (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -234,13 +165,18 @@ def test_a_run_without_reconstruction(full: Path, tmp_path: Path) -> None:
 def test_a_run_of_captions_only(full: Path, tmp_path: Path) -> None:
     evaluate = {"data": [str(full / "queries.tar")]}
     page = Page(write_report(write_run(configuration(tmp_path, {"masked_language": {"depth": 1}}, evaluate=evaluate))))
-    assert page.absent() == {"metrics", "zero-shot", "neighbours", "attention", "reconstructions"}
+    assert page.absent() == {"metrics"}
+    assert page.parts.keys() - {""} == {"metrics", "losses", "schedules", "speed", "others", "views"}
     assert "alert" in page.parts["views"]
+    assert page.images["views"] == 4  # the samples; nobody sees crops
 
 
 def test_without_held_out_samples_the_training_file_is_shown(tmp_path: Path) -> None:
     folder = write_run(configuration(tmp_path, ALL))
-    assert Page(write_report(folder)).absent() >= {"views", "attention", "reconstructions", "zero-shot", "neighbours"}
+    page = Page(write_report(folder))
+    assert page.absent() == {"metrics", "pairs"}  # one line says what all pictures lack
+    assert "train.beton: no such file" in page.parts["pairs"]
+    assert not page.images
 
     with BetonWriter(tmp_path / "train.beton", 5, CONTEXT) as writer:
         for i in range(5):
@@ -249,17 +185,84 @@ def test_without_held_out_samples_the_training_file_is_shown(tmp_path: Path) -> 
             jpeg = to_jpeg(png.getvalue(), 512, 8, 90)
             writer.write(jpeg.data, jpeg.width, jpeg.height, tokenize(f"thing {i}, <u>", CONTEXT)[0], f"key {i}")
     page = Page(write_report(folder))
-    assert page.absent() == {"metrics", "zero-shot", "neighbours"}
+    assert page.absent() == {"metrics"}
+    assert "names" not in page.parts
     assert "data.train" in page.parts["views"]
-    assert "key 3" in page.parts["attention"]
+    assert page.images["neighbours"] == 5 * (1 + 4)  # each other
+    assert "thing 3" in page.parts["attention"]
     assert re.search(r"thing \d, < ?u ?>", page.parts["views"])
-    assert "of 25" in page.text  # epochs of one step
+    assert "39 of 25" in page.text  # epochs of one step
 
 
 def test_without_a_log(full: Path, tmp_path: Path) -> None:
     folder = write_run(configuration(tmp_path, {"reconstruction": ALL["reconstruction"]}))
     (folder / "log.jsonl").unlink()
-    assert Page(write_report(folder)).absent() >= {"losses", "training"}
+    assert Page(write_report(folder)).absent() >= {"losses", "speed", "others"}
+
+
+def test_a_run_that_has_not_saved_yet(full: Path, tmp_path: Path) -> None:
+    folder = write_run(configuration(tmp_path, ALL, evaluate={"data": [str(full / "queries.tar")]}))
+    (folder / "checkpoints" / "latest").unlink()
+    page = Page(write_report(folder))
+    assert page.absent() == {"metrics", "names"}
+    assert "no checkpoint yet" in page.parts["names"]
+    assert "Reconstruction (MAE)" in page.parts["losses"]
+    assert page.images["views"] > 0  # for these the data are enough
+
+
+def test_whatever_is_logged_is_shown(tmp_path: Path) -> None:
+    folder = write_run(configuration(tmp_path, {"reconstruction": ALL["reconstruction"]}))
+    entry = {"loss": 1.0, "time/teacher": 0.03, "time/student": 0.09, "memory_peak": 3 * 2**30, "gradient_norm": 0.5,
+             "evaluate/knn/top1": 0.25, "skipped_steps": 0, "note": "text", "broken": float("nan")}  # fmt: skip
+    lines = [json.dumps({"step": step, **entry}) for step in (1, 2, 3)]
+    (folder / "log.jsonl").write_text("\n".join(lines))
+    page = Page(write_report(folder))
+    assert "Where a step's time goes 120 ms" in page.parts["speed"]
+    assert "student 75 % 90 ms" in page.parts["speed"]
+    assert "Memory peak, GiB3 → 3" in page.parts["speed"]
+    for shown in ("Gradient norm", "Skipped steps", "EvaluateKnn: top1"):
+        assert shown in page.parts["others"]
+    assert not {"Note", "Broken"} & set(re.findall(r"[A-Z][a-z]+", page.parts["others"]))
+
+
+def test_several_runs_are_laid_side_by_side(full: Path, tmp_path: Path) -> None:
+    evaluate = {"data": [str(full / "queries.tar")], "bank": [str(full / "bank.tar")]}
+    folders = []
+    for name, objectives in (("one", ALL), ("two", {"reconstruction": ALL["reconstruction"]}), ("three", ALL)):
+        folders.append(write_run(configuration(tmp_path / name / "seed-0", objectives, evaluate=evaluate)))
+    for folder, value in zip(folders[:2], (0.25, 0.75), strict=True):
+        (folder / "metrics.json").write_text(json.dumps({"knn": {"top1": value, "chance": {"top1": 0.125}}}))
+    (folders[2] / "checkpoints" / "latest").unlink()
+    path = write_report(*folders)
+    assert path == tmp_path / "report.html"
+    page = Page(path)
+    assert [a["id"] for n, a in page.tags if n == "input"] == ["show-0", "show-1", "show-2"]
+    assert "3 runs side by side" in page.text
+    assert "objectives.contrastive" in page.text  # among what differs
+    assert "75.0 %" in page.parts["metrics"]
+    assert "guessing12.5 %" in page.parts["metrics"]
+    assert "harmony-fast evaluate" in page.parts["metrics"]  # for the third
+    assert "Nothing of this kind" in page.parts["targets"]  # of the second
+    assert page.images["reconstructions"] == 2 * 8 * 3
+    assert page.absent() == {"metrics", "names"}
+    content = path.read_text(encoding="utf-8")
+    losses = content.split('id="losses"')[1].split("</section>")[0]
+    assert losses.count("<title>one</title>") == 2 * 6  # raw and smoothed, in every panel
+    assert losses.count("<title>two</title>") == 2 * 2
+    assert {"one", "two", "three"} == {name for name in re.findall(r"<bdi>(one|two|three)</bdi>", content)}
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["runs/a", "runs/b"], ["a", "b"]),
+        (["s/clip/seed-0", "s/mae/seed-0"], ["clip", "mae"]),
+        (["s/clip/seed-0", "s/clip/seed-1", "s/mae/seed-0"], ["clip/seed-0", "clip/seed-1", "mae/seed-0"]),
+        (["a/x/1/run", "a/y/1/run"], ["x", "y"]),
+    ],
+)
+def test_runs_are_named_by_what_tells_them_apart(folders: list[str], names: list[str]) -> None:
+    assert short_names([Path(folder) for folder in folders]) == names
 
 
 def test_not_a_run_folder(tmp_path: Path) -> None:

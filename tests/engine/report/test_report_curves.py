@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from harmony_fast.engine.report_curves import nice_ticks, number, smoothed, tick_labels
-from harmony_fast.engine.report_html import Markup, tag
+from harmony_fast.engine.report.curves import nice_ticks, number, smoothed, tick_labels
+from harmony_fast.engine.report.markup import Markup, tag
 
 
 def test_texts_are_escaped_by_construction() -> None:

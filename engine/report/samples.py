@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,24 +14,30 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..harmony.randomness import Purpose, sample_keys, split
-from ..harmony.schedules import Clock
-from ..harmony.views import Range, Views, crop_boxes
-from .config import RunConfig
-from .data.batch import RawBatch
-from .data.beton import open_beton
-from .data.labelled import LabelledSample, read_labelled
-from .data.parts import tokenize
-from .data.views import StepViews
-from .errors import UserError
-from .evaluate.features import pixels
+from ...harmony.randomness import Purpose, sample_keys, split
+from ...harmony.schedules import Clock
+from ...harmony.views import Range, Views, crop_boxes
+from ..config import RunConfig
+from ..data.batch import RawBatch
+from ..data.beton import MODE_JPEG
+from ..data.beton_set import BetonSet
+from ..data.images import Rejected, decode_rgb
+from ..data.labelled import LabelledSample, read_labelled
+from ..data.sources import expand_sources
+from ..data.tars import read_shard
+from ..data.tokens import tokenize
+from ..data.views import StepViews
+from ..errors import UserError
+from ..evaluate.features import pixels
 
 COUNT = 8
 """Samples shown."""
+POOL = 512
+"""Training samples read where there are no held-out ones."""
 
 
 class HeldOut:
-    """The labelled sets of a run, read when first asked for. Raises UserError where there is none."""
+    """The samples of a run that may be shown, read when first asked for. Raises UserError where there are none."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
@@ -44,6 +52,20 @@ class HeldOut:
         """The samples of `evaluate.bank`."""
         return self._read("bank")
 
+    @cached_property
+    def pool(self) -> tuple[str, list[LabelledSample]]:
+        """Of `evaluate.data`, or else `evaluate.bank`, or else some of the training data; and where from, in words."""
+        reasons = []
+        for key, name in (("data", "queries"), ("bank", "bank")):
+            try:
+                return f"evaluate.{key}", getattr(self, name)
+            except UserError as error:
+                reasons.append(str(error))
+        try:
+            return "data.train (there are no held-out samples)", read_training(self._config, POOL)
+        except UserError as error:
+            raise UserError("; ".join([*reasons, str(error)])) from None
+
     def _read(self, key: str) -> list[LabelledSample]:
         sources = getattr(self._config.evaluate, key)
         if not sources:
@@ -57,8 +79,8 @@ class Gallery:
 
     source: str
     """Where they come from, in words."""
+    samples: list[LabelledSample]
     names: list[str]
-    captions: list[str]
     views: Views
     """As in training, augmented and masked."""
     whole: Tensor
@@ -66,19 +88,29 @@ class Gallery:
 
 
 def gather(config: RunConfig, held: HeldOut, count: int = COUNT) -> Gallery:
-    """From `evaluate.data`, or else `evaluate.bank`, or else the training file. Raises UserError if there is none."""
-    reasons = []
-    for key, name in (("data", "queries"), ("bank", "bank")):
-        try:
-            samples = getattr(held, name)
-        except UserError as error:
-            reasons.append(str(error))
-            continue
-        return _from_labelled(config, samples, count, f"evaluate.{key}")
-    try:
-        return _from_training(config, count)
-    except UserError as error:
-        raise UserError("; ".join([*reasons, str(error)])) from None
+    """Some samples of the pool, drawn by the seed. Raises UserError if there is none."""
+    source, samples = held.pool
+    places = pick(len(samples), count, config.seed)
+    chosen, index = [samples[i] for i in places], torch.tensor(places)
+    tokens = torch.stack([torch.from_numpy(tokenize(s.caption, config.model.text.context)[0]) for s in chosen]).long()
+    crops = cut_crops([s.image for s in chosen], index, config)
+    return Gallery(
+        source=source,
+        samples=chosen,
+        names=[display_name(s, config) for s in chosen],
+        views=StepViews(config, RawBatch(*crops, tokens, index), Clock(0, 1, 1))[0],
+        whole=torch.stack([pixels(s.image, config) for s in chosen]),
+    )
+
+
+def finer(gallery: Gallery, config: RunConfig, grid: int) -> Tensor:
+    """The whole images with at least `grid` patches per side: float32 [B, 3, H, W], normalised."""
+    views, patch = config.views, config.model.image.patch_size
+    times = -(-grid * patch // views.global_size)
+    if times == 1:
+        return gallery.whole
+    larger = config.model_copy(update={"views": views.model_copy(update={"global_size": times * views.global_size})})
+    return torch.stack([pixels(sample.image, larger) for sample in gallery.samples])
 
 
 def pick(samples: int, count: int, seed: int) -> list[int]:
@@ -87,34 +119,41 @@ def pick(samples: int, count: int, seed: int) -> list[int]:
     return keys.argsort(stable=True)[:count].tolist()
 
 
-def _from_labelled(config: RunConfig, samples: list[LabelledSample], count: int, source: str) -> Gallery:
-    places = pick(len(samples), count, config.seed)
-    chosen = [samples[i] for i in places]
-    tokens = torch.stack([torch.from_numpy(tokenize(s.caption, config.model.text.context)[0]) for s in chosen]).long()
-    index = torch.tensor(places)
-    crops = cut_crops([s.image for s in chosen], index, config)
-    return Gallery(
-        source=source,
-        names=[display_name(s, config) for s in chosen],
-        captions=[s.caption for s in chosen],
-        views=StepViews(config, RawBatch(*crops, tokens, index), Clock(0, 1, 1))[0],
-        whole=torch.stack([pixels(s.image, config) for s in chosen]),
-    )
+def read_training(config: RunConfig, count: int) -> list[LabelledSample]:
+    """Some samples of the training data, drawn by the seed; of tars the first ones. Raises UserError."""
+    if config.data.loader == "webdataset":
+        return _first_of_tars(config.data.sources, count)
+    files = BetonSet(config.data.sources)
+    rows = np.sort(np.random.default_rng(config.seed).choice(len(files), min(count, len(files)), replace=False))
+    records = files.records(rows, np.zeros(len(rows)))
+    samples = []
+    for i, row in enumerate(rows.tolist()):
+        path = files.files[records.file[i]].path
+        with path.open("rb") as file:
+            file.seek(records.start[i])
+            stored = file.read(records.size[i])
+            file.seek(max(records.caption[i], 0))
+            tokens = torch.from_numpy(np.frombuffer(file.read(4 * files.context), "<i4").astype(np.int64))
+        try:
+            image = _decoded(stored, records.mode[i], (int(records.width[i]), int(records.height[i])))
+        except (Rejected, ValueError):
+            raise UserError(f"{files.named(row)}: its image cannot be decoded; prepare the file again") from None
+        samples.append(LabelledSample(files.keys([row])[0], image, readable(tokens[1 : int(tokens.argmax())]), {}))
+    return samples
 
 
-def _from_training(config: RunConfig, count: int) -> Gallery:
-    """The training file holds crops only, so the first global crop stands for the whole image."""
-    from .data.loader import Loader  # imports FFCV, which takes seconds: only runs without held-out data pay them
+def _decoded(stored: bytes, mode: int, size: tuple[int, int]) -> Image.Image:
+    return decode_rgb(stored) if mode == MODE_JPEG else Image.frombytes("RGB", size, stored)
 
-    count = min(count, len(open_beton(config.data.train)))
-    with Loader(config.data.train, config.views, batch_size=count, seed=config.seed, workers=1) as loader:
-        raw = next(iter(loader.epoch(0)))
-        names = loader.sample_ids(raw.index)
-    mean, std = normalisation(config)
-    whole = (raw.global_crops[:, 0].permute(0, 3, 1, 2) / 255 - mean) / std
-    captions = [readable(row[1:length]) for row, length in zip(raw.tokens, _words_end(raw.tokens), strict=True)]
-    views = StepViews(config, raw, Clock(0, 1, 1))[0]
-    return Gallery("data.train (no held-out samples)", names, captions, views, whole)
+
+def _first_of_tars(sources: list[str], count: int) -> list[LabelledSample]:
+    samples = []
+    for sample in islice(read_shard(expand_sources(sources)[0]), count):
+        with suppress(Rejected):
+            samples.append(LabelledSample(sample.key, decode_rgb(sample.image()), sample.captions()[0], {}))
+    if not samples:
+        raise UserError(f"{sources[0]}: none of its first samples can be read")
+    return samples
 
 
 def cut_crops(images: list[Image.Image], index: Tensor, config: RunConfig) -> tuple[Tensor, Tensor]:
@@ -163,11 +202,6 @@ def readable(tokens: Tensor) -> str:
     from open_clip.tokenizer import decode
 
     return re.sub(r" ([,.;:!?])", r"\1", decode(tokens)).strip()
-
-
-def _words_end(tokens: Tensor) -> list[int]:
-    """Place of each caption's end id: the largest id."""
-    return tokens.argmax(-1).tolist()
 
 
 def licence_note(sources: list[str]) -> str:

@@ -1,0 +1,179 @@
+"""What `harmony-fast evaluate` measured: cards for one run, tables for several, with the level of guessing."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..config import RunConfig
+from ..errors import UserError
+from ..evaluate import labels
+from .curves import number
+from .markup import Child, Markup, absent, run_name, tag
+from .run import Run
+from .samples import HeldOut
+from .summary import table
+
+TASK_NAMES = {
+    "zero_shot": "Zero-shot classification",
+    "retrieval/image_to_text": "Retrieval, image to text",
+    "retrieval/text_to_image": "Retrieval, text to image",
+    "knn": "Nearest neighbours (kNN)",
+}
+METRIC_NAMES = {
+    "top1": "top-1", "top5": "top-5", "top10": "top-10", "r1": "recall@1", "r5": "recall@5", "r10": "recall@10",
+    "miou": "mIoU",
+}  # fmt: skip
+Tasks = dict[str, dict[str, float]]
+
+
+def measured(runs: list[Run]) -> Child:
+    """All metrics of all runs."""
+    if len(runs) == 1:
+        return metrics_cards(read_metrics(runs[0].folder), random_levels(runs[0].config, runs[0].held))
+    found: dict[int, Tasks] = {}
+    missing: dict[int, UserError] = {}
+    levels: dict[str, float] = {}
+    for run in runs:
+        try:
+            metrics = read_metrics(run.folder)
+        except UserError as error:
+            missing[run.place] = error
+            continue
+        found[run.place] = by_task(metrics)
+        levels.update({**random_levels(run.config, run.held), **given_levels(metrics)})
+    if not found:
+        raise next(iter(missing.values()))
+    tasks = dict.fromkeys(task for run in found.values() for task in run)
+    tables = [_task_table(task, runs, found, levels) for task in tasks]
+    return [tag("div", tables, class_="cards wide"), [absent(error) for error in missing.values()]]
+
+
+def _task_table(task: str, runs: list[Run], found: dict[int, Tasks], levels: dict[str, float]) -> Markup:
+    """Runs down, metrics across; the best of each in bold."""
+    rows = [(run, found[run.place][task]) for run in runs if task in found.get(run.place, {})]
+    names = list(dict.fromkeys(name for _, values in rows for name in values))
+    best = {name: max(values.get(name, 0) for _, values in rows) for name in names}
+
+    def cell(values: dict[str, float], name: str) -> Markup:
+        if name not in values:
+            return tag("td", "–")
+        share = values[name]
+        bar = tag("span", style=f"width:{100 * share / (best[name] or 1):.1f}%", class_="fill")
+        return tag("td", bar, tag("b" if share == best[name] else "span", percent(share)), class_="share")
+
+    body = [
+        [tag("th", run_name(run.name, run.place), scope="row"), *(cell(values, name) for name in names)]
+        for run, values in rows
+    ]
+    if any(f"{task}/{name}" in levels for name in names):
+        guesses = [levels.get(f"{task}/{name}") for name in names]
+        shown = [tag("td", "–" if level is None else percent(level)) for level in guesses]
+        body.append([tag("th", "guessing", scope="row", class_="aside"), *shown])
+    heads = ("Run", *(metric_name(name) for name in names))
+    return tag("article", tag("h3", task_name(task)), table(heads, body), class_="card")
+
+
+def read_metrics(run_dir: Path) -> dict[str, Any]:
+    """What `harmony-fast evaluate` measured. Raises UserError, which names that command, if it did not."""
+    path, command = run_dir / "metrics.json", f"`harmony-fast evaluate {run_dir}`"
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{run_dir.name} has no metrics.json yet; {command} makes it") from None
+    except (OSError, ValueError):
+        raise UserError(f"{path} cannot be read; {command} makes it again") from None
+    if not by_task(metrics):
+        raise UserError(f"{path} holds no metrics; {command} makes it again")
+    return metrics
+
+
+def metrics_cards(metrics: dict[str, Any], random_levels: dict[str, float]) -> Markup:
+    """One card per task: each number with a bar and the level of guessing, as far as that is known."""
+    levels = {**random_levels, **given_levels(metrics)}
+    cards = [_task_card(task, values, levels) for task, values in by_task(metrics).items()]
+    return tag("div", cards, class_="cards tasks")
+
+
+def given_levels(metrics: Any) -> dict[str, float]:
+    """Levels of guessing that the metrics themselves tell, by the path of what they belong to."""
+    return {path.replace("/chance", ""): value for path, value in _leaves(metrics) if "/chance" in path}
+
+
+def by_task(metrics: Any) -> Tasks:
+    """Fractions by task; counts, chance levels and other numbers beside them are left out."""
+    tasks: Tasks = {}
+    for path, value in _leaves(metrics):
+        task, _, metric = path.rpartition("/")
+        if task and "chance" not in path and 0 <= value <= 1:
+            tasks.setdefault(task, {})[metric] = value
+    return tasks
+
+
+def _leaves(tree: Any, path: str = "") -> list[tuple[str, float]]:
+    """All numbers of nested mappings with their paths."""
+    if isinstance(tree, dict):
+        return [leaf for key, value in tree.items() for leaf in _leaves(value, f"{path}/{key}" if path else str(key))]
+    return [(path, float(tree))] if isinstance(tree, (int, float)) and not isinstance(tree, bool) else []
+
+
+def _task_card(task: str, values: dict[str, float], levels: dict[str, float]) -> Markup:
+    rows = [_metric(metric, value, levels.get(f"{task}/{metric}")) for metric, value in values.items()]
+    return tag("article", tag("h3", task_name(task)), rows, class_="card")
+
+
+def _metric(metric: str, value: float, level: float | None) -> Markup:
+    """One number. level: what guessing would score."""
+    name = tag("span", metric_name(metric))
+    bar = [tag("span", style=f"width:{100 * value:.2f}%", class_="fill")]
+    chance = None
+    if level:
+        times = f"{number(value / level)} × " if value > level else ""
+        chance = tag("span", f"{times}chance ({percent(level)})", class_="aside")
+        bar.append(tag("span", style=f"left:{100 * level:.2f}%", class_="chance"))
+    line = tag("div", tag("span", percent(value), class_="value"), name, chance, class_="line")
+    return tag("div", line, tag("div", bar, class_="track"), class_="metric")
+
+
+def task_name(task: str) -> str:
+    """A task as people call it."""
+    return TASK_NAMES.get(task, task.replace("/", ", ").replace("_", " ").capitalize())
+
+
+def metric_name(metric: str) -> str:
+    """A metric as people call it."""
+    return METRIC_NAMES.get(metric, metric.replace("_", " "))
+
+
+def percent(fraction: float) -> str:
+    """A share, with more digits where it is small."""
+    return f"{number(100 * fraction)} %" if 0 < fraction < 0.1 else f"{100 * fraction:.1f} %"
+
+
+def random_levels(config: RunConfig, held: HeldOut) -> dict[str, float]:
+    """What guessing would score, by the metric's path, for the held-out samples of this run.
+
+    Nearest neighbours: the chance that a random sample of the bank has the query's group.
+    """
+    levels: dict[str, float] = {}
+    evaluate = config.evaluate
+    with suppress(UserError):
+        count = len(held.queries)
+        for direction in ("image_to_text", "text_to_image"):
+            levels.update({f"retrieval/{direction}/r{k}": min(k / count, 1.0) for k in (1, 5, 10)})
+    with suppress(UserError):
+        classes = len(set(labels(held.queries, evaluate.class_key)))
+        levels.update({f"zero_shot/top{k}": min(k / classes, 1.0) for k in (1, 5, 10)})
+    with suppress(UserError):
+        groups = labels(held.queries, evaluate.group_key), labels(held.bank, evaluate.group_key)
+        levels["knn/top1"] = _agreement(*groups)
+    return levels
+
+
+def _agreement(left: list[str], right: list[str]) -> float:
+    """The chance that a random label of the one equals a random label of the other."""
+    here, there = Counter(left), Counter(right)
+    return sum(here[name] * there[name] for name in here) / (len(left) * len(right))
