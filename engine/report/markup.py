@@ -82,6 +82,11 @@ def picture(
     return tag("img", src=source, alt=alt[:CHARACTERS], class_=class_, style=sharp + size or None)
 
 
+def reduced(pixels: np.ndarray, side: int) -> np.ndarray:
+    """A square image of at most this side. pixels: uint8 [h, w, 3]."""
+    return pixels if len(pixels) <= side else np.asarray(Image.fromarray(pixels).resize((side, side)))
+
+
 def shown_scale(side: int, shown: int = SHOWN_SIDE) -> float:
     """CSS pixels per pixel to show `side` pixels in about `shown`: a whole number where they are enlarged."""
     return shown // side if side <= shown else shown / side

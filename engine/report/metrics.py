@@ -22,6 +22,9 @@ TASK_NAMES = {
     "retrieval/image_to_text": "Retrieval, image to text",
     "retrieval/text_to_image": "Retrieval, text to image",
     "knn": "Nearest neighbours (kNN)",
+    "linear": "Linear probe",
+    "few_shot": "Few-shot",
+    "finetune": "Finetuned",
 }
 METRIC_NAMES = {
     "top1": "top-1", "top5": "top-5", "top10": "top-10", "r1": "recall@1", "r5": "recall@5", "r10": "recall@10",
@@ -69,8 +72,8 @@ def _task_table(task: str, runs: list[Run], found: dict[int, Tasks], levels: dic
         [tag("th", run_name(run.name, run.place), scope="row"), *(cell(values, name) for name in names)]
         for run, values in rows
     ]
-    if any(f"{task}/{name}" in levels for name in names):
-        guesses = [levels.get(f"{task}/{name}") for name in names]
+    guesses = [level_of(levels, task, name) for name in names]
+    if any(guesses):
         shown = [tag("td", "–" if level is None else percent(level)) for level in guesses]
         body.append([tag("th", "guessing", scope="row", class_="aside"), *shown])
     heads = ("Run", *(metric_name(name) for name in names))
@@ -121,7 +124,7 @@ def _leaves(tree: Any, path: str = "") -> list[tuple[str, float]]:
 
 
 def _task_card(task: str, values: dict[str, float], levels: dict[str, float]) -> Markup:
-    rows = [_metric(metric, value, levels.get(f"{task}/{metric}")) for metric, value in values.items()]
+    rows = [_metric(metric, value, level_of(levels, task, metric)) for metric, value in values.items()]
     return tag("article", tag("h3", task_name(task)), rows, class_="card")
 
 
@@ -138,9 +141,16 @@ def _metric(metric: str, value: float, level: float | None) -> Markup:
     return tag("div", line, tag("div", bar, class_="track"), class_="metric")
 
 
+def level_of(levels: dict[str, float], task: str, metric: str) -> float | None:
+    """The level of guessing of a metric; variants of a task (`knn/k10`) share the task's."""
+    return levels.get(f"{task}/{metric}", levels.get(f"{task.partition('/')[0]}/{metric}"))
+
+
 def task_name(task: str) -> str:
     """A task as people call it."""
-    return TASK_NAMES.get(task, task.replace("/", ", ").replace("_", " ").capitalize())
+    first, _, rest = task.partition("/")
+    variant = f"{TASK_NAMES.get(first, first)}, {rest}" if rest else first
+    return TASK_NAMES.get(task) or variant.replace("/", ", ").replace("_", " ").capitalize()
 
 
 def metric_name(metric: str) -> str:
@@ -156,7 +166,7 @@ def percent(fraction: float) -> str:
 def random_levels(config: RunConfig, held: HeldOut) -> dict[str, float]:
     """What guessing would score, by the metric's path, for the held-out samples of this run.
 
-    Nearest neighbours: the chance that a random sample of the bank has the query's group.
+    Of what learns from the bank: the chance that a random sample of the bank has the query's group.
     """
     levels: dict[str, float] = {}
     evaluate = config.evaluate
@@ -169,7 +179,7 @@ def random_levels(config: RunConfig, held: HeldOut) -> dict[str, float]:
         levels.update({f"zero_shot/top{k}": min(k / classes, 1.0) for k in (1, 5, 10)})
     with suppress(UserError):
         groups = labels(held.queries, evaluate.group_key), labels(held.bank, evaluate.group_key)
-        levels["knn/top1"] = _agreement(*groups)
+        levels.update({f"{task}/top1": _agreement(*groups) for task in ("knn", "linear", "few_shot", "finetune")})
     return levels
 
 

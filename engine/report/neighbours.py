@@ -20,7 +20,7 @@ from ..evaluate.features import class_tokens, image_embeddings, text_embeddings
 from ..evaluate.zero_shot import class_weights
 from .markup import SHOWN_SIDE, Child, Markup, foreign, picture, tag
 from .run import Run
-from .samples import COUNT, display_name, pick
+from .samples import display_name, pick
 
 NEIGHBOURS = 6
 ANSWERS = 5
@@ -64,7 +64,7 @@ def choose_queries(run: Run) -> tuple[list[LabelledSample], list[LabelledSample]
         bank = run.held.bank
     known = {sample.key for sample in bank}
     paired = [sample for sample in samples if sample.key in known] or samples
-    queries = [paired[i] for i in pick(len(paired), COUNT, run.config.seed)]
+    queries = [paired[i] for i in pick(len(paired), run.count, run.config.seed)]
     keys = {sample.key for sample in queries}
     ordered = sorted(bank, key=lambda sample: sample.key not in keys)  # stable: counterparts, then the rest
     return queries, ordered[:SEARCHED]
@@ -101,7 +101,7 @@ def images_and_captions(run: Run) -> Child:
     """A few samples: the captions nearest to each image, then the images nearest to each caption."""
     config, branch = run.config, run.branch
     samples = run.held.pool[1]
-    chosen = pick(len(samples), COUNT, config.seed)
+    chosen = pick(len(samples), run.count, config.seed)
     searched = [samples[i] for i in sorted({*range(min(SEARCHED, len(samples))), *chosen})]
     places = [next(n for n, sample in enumerate(searched) if sample is samples[i]) for i in chosen]
     images = image_embeddings(branch, class_tokens(branch, searched, config))
@@ -145,7 +145,7 @@ def names_of_images(run: Run) -> Markup:
     """A few held-out images with their most probable class names."""
     config, held, branch = run.config, run.held, run.branch
     names = labels(held.queries, config.evaluate.class_key)
-    places = pick(len(names), COUNT, config.seed)
+    places = pick(len(names), run.count, config.seed)
     queries = [held.queries[i] for i in places]
     classes = list(dict.fromkeys(names))
     weights = class_weights(partial(text_embeddings, branch, config=config), classes, config.evaluate.templates)

@@ -9,12 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...harmony.image_encoder import ImageEncoder
-from .markup import Markup, foreign, picture, tag
+from .markup import Markup, foreign, picture, reduced, tag
 from .run import Run
 from .samples import displayable, finer
 
 GRID = 16
 """Patches per side, at least: images of runs on small crops are shown to the encoder larger than in training."""
+MAP = 160
+"""Largest side of an attention map, pixels: twice what is shown, for screens with small pixels."""
 BACKGROUND = 0.25
 """Brightness of what is not foreground."""
 
@@ -27,11 +29,10 @@ def attention_maps(run: Run) -> Markup:
     images = displayable(whole, run.config)
     cards = []
     for i, name in enumerate(gallery.names):
-        shown = [picture(images[i], name, class_="map")]
-        shown.append(picture(heat(images[i], maps[i].mean(0)), f"{name}: mean over heads", class_="map framed"))
-        shown += [
-            picture(heat(images[i], head), f"{name}: head {h + 1}", class_="map") for h, head in enumerate(maps[i])
-        ]
+        image = reduced(images[i], MAP)
+        shown = [picture(image, name, class_="map")]
+        shown.append(picture(heat(image, maps[i].mean(0)), f"{name}: mean over heads", class_="map framed"))
+        shown += [picture(heat(image, head), f"{name}: head {h + 1}", class_="map") for h, head in enumerate(maps[i])]
         caption = tag("p", foreign(name), class_="caption")
         cards.append(tag("article", caption, tag("div", shown, class_="strip"), class_="card"))
     return tag("div", cards, class_="cards wide")

@@ -17,7 +17,7 @@ from ..data.beton_set import BetonSet
 from ..errors import UserError
 from ..evaluate import choose_branch
 from .curves import Entry, read_log
-from .samples import Gallery, HeldOut, gather
+from .samples import COUNT, Gallery, HeldOut, gather
 
 
 @dataclass
@@ -32,6 +32,8 @@ class Run:
     config: RunConfig
     log: list[Entry]
     held: HeldOut
+    count: int = COUNT
+    """Samples whose pictures are shown."""
 
     @cached_property
     def outline(self) -> Harmony:
@@ -47,7 +49,7 @@ class Run:
     @cached_property
     def gallery(self) -> Gallery:
         """The samples shown, and all that the model is given of them."""
-        return gather(self.config, self.held)
+        return gather(self.config, self.held, self.count)
 
     @property
     def objectives(self) -> list[str]:
@@ -104,13 +106,14 @@ class Run:
 def read_runs(folders: list[Path]) -> list[Run]:
     """All runs of a page. Runs with the same held-out data share what is read of them. Raises UserError."""
     held: dict[str, HeldOut] = {}
+    count = max(min(COUNT, 2 * COUNT // len(folders)), 2)
     runs = []
     for place, (folder, name) in enumerate(zip(folders, short_names(folders), strict=True)):
         if not (folder / "config.yaml").is_file():
             raise UserError(f"{folder}: not a run folder (no config.yaml)")
         config = load_config(folder / "config.yaml")
         data = held.setdefault(repr((config.evaluate.data, config.evaluate.bank, config.data.sources)), HeldOut(config))
-        runs.append(Run(folder, name, place, config, read_log(folder / "log.jsonl"), data))
+        runs.append(Run(folder, name, place, config, read_log(folder / "log.jsonl"), data, count))
     return runs
 
 

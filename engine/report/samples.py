@@ -31,7 +31,7 @@ from ..errors import UserError
 from ..evaluate.features import pixels
 
 COUNT = 8
-"""Samples shown."""
+"""Samples shown of one run or two; of more runs fewer, so that the page stays a page."""
 POOL = 512
 """Training samples read where there are no held-out ones."""
 
@@ -87,7 +87,7 @@ class Gallery:
     """float32 [B, 3, H, W]: the whole images as evaluation sees them, normalised"""
 
 
-def gather(config: RunConfig, held: HeldOut, count: int = COUNT) -> Gallery:
+def gather(config: RunConfig, held: HeldOut, count: int) -> Gallery:
     """Some samples of the pool, drawn by the seed. Raises UserError if there is none."""
     source, samples = held.pool
     places = pick(len(samples), count, config.seed)

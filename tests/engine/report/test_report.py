@@ -243,7 +243,7 @@ def test_several_runs_are_laid_side_by_side(full: Path, tmp_path: Path) -> None:
     assert "guessing12.5 %" in page.parts["metrics"]
     assert "harmony-fast evaluate" in page.parts["metrics"]  # for the third
     assert "Nothing of this kind" in page.parts["targets"]  # of the second
-    assert page.images["reconstructions"] == 2 * 8 * 3
+    assert page.images["reconstructions"] == 2 * 5 * 3  # fewer samples of each run, the more runs there are
     assert page.absent() == {"metrics", "names"}
     content = path.read_text(encoding="utf-8")
     losses = content.split('id="losses"')[1].split("</section>")[0]
