@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.status import Status
 
 from ..errors import UserError
 from .curves import objective_name
@@ -24,7 +25,7 @@ from .reconstructions import reconstructions
 from .run import Run, read_runs
 from .samples import licence_note
 from .summary import facts, overview
-from .targets import soft_targets
+from .targets import has_soft_targets, soft_targets
 from .training import losses, others, planned, speed
 from .views import views_of_samples
 
@@ -38,8 +39,7 @@ def write_report(*folders: Path, out: Path | None = None) -> Path:
     runs = read_runs(list(dict.fromkeys(folders)))
     console = Console(stderr=True, quiet=not sys.stderr.isatty())
     with console.status("report: reading") as status:
-        say = lambda text: status.update(f"report: {text}")  # noqa: E731
-        sections = [*_numbers(runs), *_pictures(runs, say)]
+        sections = [*_numbers(runs), *_pictures(runs, status)]
         title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {', '.join(run.name for run in runs)}"
         content = page(f"{title} · harmony-fast", _header(runs), sections, _footer(runs), [run.name for run in runs])
     path = out or Path(os.path.commonpath([folder.absolute() for folder in folders])) / "report.html"
@@ -120,13 +120,13 @@ class Part:
     """Whether a run of these objectives can have it at all."""
 
 
-def _pictures(runs: list[Run], say: Callable[[str], None]) -> list[Section]:
+def _pictures(runs: list[Run], status: Status) -> list[Section]:
     """The parts with pictures: of several runs one at a time is shown."""
     found: dict[str, list[tuple[Run, Child]]] = {part.anchor: [] for part in PARTS}
     for run in runs:
         said: set[str] = set()
         for part in (part for part in PARTS if part.fits(run)):
-            say(f"{run.name}: {part.title.lower()}")
+            status.update(f"report: {run.name}: {part.title.lower()}")
             try:
                 content: Child = [part.build(run)]
                 found[part.anchor].append((run, [lead(part.explain(run)), content]))
@@ -212,9 +212,7 @@ def _explain_names(_: Run) -> str:
 
 def _explain_targets(run: Run) -> str:
     return (
-        "Each row is an image, each column the caption of one of the same samples; a row adds up to 1. Hard targets "
-        "would be the diagonal; the teacher's soft targets say which other captions would fit too. Whole images, "
-        "without augmentation."
+        "What the teacher asks the student to predict: not one right answer, the diagonal, but how well each would fit."
     )
 
 
@@ -237,7 +235,6 @@ PARTS = (
     Part("reconstructions", "Reconstructions", "Reconstructions", _explain_reconstructions, reconstructions,
          lambda run: "reconstruction" in run.objectives),
     Part("targets", "Soft targets", "Soft targets of the teacher", _explain_targets, soft_targets,
-         lambda run: _pairs(run) and "contrastive" in run.outline.objectives
-         and bool(run.outline.objectives["contrastive"].teacher_views)),
+         has_soft_targets),
     Part("views", "Views", "What the model is given", _explain_views, views_of_samples, lambda run: True),
 )  # fmt: skip

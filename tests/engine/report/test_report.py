@@ -82,7 +82,7 @@ def test_everything_is_there(full_page: Page) -> None:
     assert full_page.images["names"] == 8
     assert full_page.images["pairs"] == 8 + 8 * 6
     assert full_page.images["patches"] == 8 * 2
-    assert full_page.images["targets"] == 2
+    assert full_page.images["targets"] == 3
     assert "Reconstruction (MAE)" in full_page.parts["losses"]
     assert "Contrastive (CLIP)Accuracy" in full_page.parts["others"]
     assert "Samples per second" in full_page.parts["speed"]

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 from harmony_fast.engine.config import parse_config
-from harmony_fast.engine.data.labelled import LabelledSample
 from harmony_fast.engine.report.patches import class_attention, components, principal_colours
 from harmony_fast.engine.report.reconstructions import reconstruct
 from harmony_fast.engine.report.samples import cut_crops
-from harmony_fast.engine.report.targets import drawn
+from harmony_fast.engine.report.targets import drawn, prototype_scores, spread
 from harmony_fast.engine.report.views import with_holes
 from harmony_fast.harmony.model import Harmony
 from harmony_fast.harmony.objectives import Collectives, Features
@@ -129,12 +128,30 @@ def test_equal_tokens_have_no_components_and_no_error() -> None:
     assert colours.isfinite().all()
 
 
+def test_the_teachers_targets_are_those_of_the_loss() -> None:
+    raw = {**CONFIG.model_dump(mode="json", by_alias=True), "objectives": {"self_distillation": {
+        "prototypes": 24, "hidden": 16, "bottleneck": 8, "patch_weight": None}}}  # fmt: skip
+    torch.manual_seed(2)
+    model = Harmony(parse_config(raw, "test")).eval()
+    objective, crops = model.objectives["self_distillation"], torch.randn(6, 3, 32, 32)
+    objective.class_center.value.copy_(torch.randn(24))
+    u = model.teacher.heads["self_distillation"].bottleneck(model.teacher.image.features(crops)[:, 0])
+    shares = prototype_scores(model.teacher, crops, objective, 0.04)
+    tau = 0.04
+    entropy = objective.entropy(u, model.teacher.heads["self_distillation"].last_layer, tau)
+    assert spread(shares) == pytest.approx(float(entropy.exp()), rel=1e-4)
+    uncentred = prototype_scores(model.student, crops, objective, 0.04)
+    assert not torch.allclose(shares, uncentred)  # equal weights: only the center parts them
+
+
 def test_a_matrix_is_brightest_where_it_is_largest() -> None:
     probabilities = torch.tensor([[0.7, 0.3], [0.1, 0.9]])
-    samples = [LabelledSample(str(i), Image.new("RGB", (50, 30), (0, 0, 255)), "", {}) for i in range(2)]
-    pixels = drawn(probabilities, samples)
+    blue, green = np.zeros((2, 30, 50, 3), np.uint8)
+    blue[..., 2] = green[..., 1] = 255
+    pixels = drawn(probabilities, [blue, blue], [green, green])
     assert pixels.shape == (108, 108, 3)
     cells = pixels[54::36, 54::36].sum(-1, dtype=int)
     assert cells.argmax() == 3
     assert cells.argmin() == 2
-    assert (pixels[40:60, 10:30] == (0, 0, 255)).all(-1).any()  # the first row's image
+    assert (pixels[36:, :36] == (0, 0, 255)).all(-1).any()
+    assert (pixels[:36, 36:] == (0, 255, 0)).all(-1).any()
