@@ -69,12 +69,17 @@ def thinned(curve: Series) -> Series:
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Centred moving average over about a tenth of the curve, over less near its ends so that it lags nowhere."""
-    radius = max(len(values) // 20, 1)
+    """At each point the line fitted to about a tenth of the curve around it: a moving average, save near the ends,
+    where the line keeps it from lagging."""
+    window = min(2 * max(len(values) // 20, 3) + 1, len(values))
     out = []
     for i in range(len(values)):
-        reach = min(radius, i, len(values) - 1 - i)
-        out.append(statistics.fmean(values[i - reach : i + reach + 1]))
+        first = min(max(i - window // 2, 0), len(values) - window)
+        around, centre = values[first : first + window], (window - 1) / 2
+        mean = statistics.fmean(around)
+        slope = sum((x - centre) * (y - mean) for x, y in enumerate(around))
+        slope /= sum((x - centre) ** 2 for x in range(window)) or 1
+        out.append(mean + slope * (i - first - centre))
     return out
 
 

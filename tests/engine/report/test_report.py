@@ -192,6 +192,9 @@ def test_without_held_out_samples_the_training_file_is_shown(tmp_path: Path) -> 
     assert "thing 3" in page.parts["attention"]
     assert re.search(r"thing \d, < ?u ?>", page.parts["views"])
     assert "39 of 25" in page.text  # epochs of one step
+    assert "Contrastive: weight of hard targets1 → 0.2" in page.parts["schedules"]
+    assert "Self distillation: patch temperature0.04 → 0.07" in page.parts["schedules"]
+    assert "The same at every step: " in page.parts["schedules"]
 
 
 def test_without_a_log(full: Path, tmp_path: Path) -> None:

@@ -44,6 +44,14 @@ def test_tick_labels_tell_ticks_apart(ticks: list[float], labels: list[str]) -> 
     assert tick_labels(ticks) == labels
 
 
-def test_smoothing_keeps_both_ends() -> None:
-    values = [float(i) for i in range(40)]
+@pytest.mark.parametrize("count", [1, 2, 5, 40, 240])
+def test_smoothing_does_not_lag(count: int) -> None:
+    values = [3.0 - 0.5 * i for i in range(count)]
     assert smoothed(values) == pytest.approx(values)
+
+
+def test_smoothing_makes_noise_smaller_at_the_ends_too() -> None:
+    noise = [float((7 * i * i + 3 * i) % 11 - 5) for i in range(200)]
+    smooth = smoothed(noise)
+    for part in (slice(0, 8), slice(96, 104), slice(192, 200)):
+        assert sum(v * v for v in smooth[part]) < 0.5 * sum(v * v for v in noise[part])
