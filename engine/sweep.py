@@ -52,15 +52,9 @@ class Trial:
         return progress["step"] == self.config.max_steps and differences(load_config(config), self.config) == []
 
     @property
-    def tasks(self) -> list[str]:
-        """What can be measured of it."""
-        tasks = ["zero-shot", "retrieval"] if "contrastive" in self.config.objectives.active() else []
-        return tasks + (["knn"] if self.config.evaluate.bank else []) if self.config.evaluate.data else []
-
-    @property
     def evaluated(self) -> bool:
         """Whether its metrics are there, of its last checkpoint: training takes earlier ones away."""
-        return not self.tasks or bool(known_metrics(self.folder / "metrics.json"))
+        return not self.config.evaluate.data or bool(known_metrics(self.folder / "metrics.json"))
 
 
 def run(
@@ -75,7 +69,10 @@ def run(
     if twice:
         raise UserError(f"two recipes are called {', '.join(twice)}: results go by the names of the files")
     budget = settle_budget(data, overrides, steps)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made: {error.strerror}") from None
     check_budget(out / "sweep.json", budget)
     chance = guessing(budget)
     # Seeds in the outer loop: a sweep that is stopped early has compared all recipes with the first seeds.
@@ -137,9 +134,9 @@ def carry_out(trial: Trial, ranks: int) -> None:
             status = finish(subprocess.Popen(command, stdout=words, stderr=words, start_new_session=True))
             if status or not trial.trained:
                 raise UserError(f"{last_words(log) or f'exit status {status}'} (all of it: {log})")
-        if trial.tasks:
+        if not trial.evaluated:
             with contextlib.redirect_stdout(words):
-                evaluate_run(trial.folder, trial.tasks, [])
+                evaluate_run(trial.folder, [], [])
 
 
 def finish(process: subprocess.Popen[bytes]) -> int:

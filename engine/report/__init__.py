@@ -146,7 +146,7 @@ def _by_run(runs: list[Run], found: list[tuple[Run, Child]]) -> Child:
     if len(runs) == 1:
         return found[0][1]
     contents = {run.place: content for run, content in found}
-    nothing = tag("p", "Nothing of this kind in this run.", class_="absent")
+    nothing = tag("p", "Nothing to show of this run.", class_="absent")
     return [
         tag("div", tag("h3", run_name(run.name, run.place), class_="group"), contents.get(run.place, nothing),
             class_=f"of of-{run.place}")

@@ -245,7 +245,7 @@ def test_several_runs_are_laid_side_by_side(full: Path, tmp_path: Path) -> None:
     assert "75.0 %" in page.parts["metrics"]
     assert "guessing12.5 %" in page.parts["metrics"]
     assert "harmony-fast evaluate" in page.parts["metrics"]  # for the third
-    assert "Nothing of this kind" in page.parts["targets"]  # of the second
+    assert "Nothing to show" in page.parts["targets"]  # of the second
     assert page.images["reconstructions"] == 2 * 5 * 3  # fewer samples of each run, the more runs there are
     assert page.absent() == {"metrics", "names"}
     content = path.read_text(encoding="utf-8")

@@ -59,7 +59,7 @@ def test_the_reader_chooses_whose_pictures_are_shown(pages: dict[str, Path], tab
     assert tab.ask(shown) == ["block", "none"]
     tab.ask("document.getElementById('show-1').click()")
     assert tab.ask(shown) == ["none", "block"]
-    assert "Nothing of this kind" in tab.ask("document.getElementById('pairs').innerText")
+    assert "Nothing to show" in tab.ask("document.getElementById('pairs').innerText")
 
 
 def pixels(png: bytes) -> np.ndarray:
