@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from harmony_fast.engine.report.curves import nice_ticks, number, smoothed, tick_labels
-from harmony_fast.engine.report.markup import Markup, tag
+from harmony_fast.engine.report.markup import RUN_COLOURS, STYLE, Markup, tag
 
 
 def test_texts_are_escaped_by_construction() -> None:
@@ -55,3 +57,30 @@ def test_smoothing_makes_noise_smaller_at_the_ends_too() -> None:
     smooth = smoothed(noise)
     for part in (slice(0, 8), slice(96, 104), slice(192, 200)):
         assert sum(v * v for v in smooth[part]) < 0.5 * sum(v * v for v in noise[part])
+
+
+def contrast(one: str, other: str) -> float:
+    """Of two colours #rrggbb, as WCAG 2 defines it."""
+
+    def luminance(colour: str) -> float:
+        shares = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in shares]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_texts_and_lines_stand_out_in_both_schemes() -> None:
+    style = STYLE.read_text(encoding="utf-8")
+    light, dark = style.split("@media (prefers-color-scheme: dark)")[:2]
+    schemes = [
+        dict(re.findall(r"--([a-z]+-?[a-z0-9]*): (#[0-9a-f]{6})", part.split("* {")[0])) for part in (light, dark)
+    ]
+    for colours in (schemes[0], {**schemes[0], **schemes[1]}):
+        for text in ("ink", "quiet", "accent", "good"):
+            assert min(contrast(colours[text], colours[under]) for under in ("page", "card")) >= 4.5
+        for text, under in (("good", "good-soft"), ("ink", "mark"), ("ink", "fill"), ("ink", "grid")):
+            assert contrast(colours[text], colours[under]) >= 4.5
+        for i in range(RUN_COLOURS):
+            assert contrast(colours[f"run-{i}"], colours["card"]) >= 3
