@@ -73,13 +73,13 @@ def _header(runs: list[Run]) -> Markup:
 def _footer(runs: list[Run]) -> Child:
     sources = list(dict.fromkeys(s for run in runs for s in [*run.config.evaluate.data, *run.config.evaluate.bank]))
     pictures = f" Pictures: {', '.join(sources)}." if sources else ""
-    checkpoints = [f"{run.name} {_checkpoint(run)}" for run in runs]
+    checkpoints = [f"{run.name} ({_checkpoint(run)})" for run in runs]
     return tag("p", f"Made by harmony-fast report from: {', '.join(checkpoints)}.{pictures}{licence_note(sources)}")
 
 
 def _checkpoint(run: Run) -> str:
     pointer = run.folder / "checkpoints" / "latest"
-    return pointer.read_text().strip() if pointer.is_file() else "(no checkpoint yet)"
+    return f"checkpoint {pointer.read_text().strip()}" if pointer.is_file() else "no checkpoint yet"
 
 
 def _numbers(runs: list[Run]) -> list[Section]:
