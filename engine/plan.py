@@ -149,9 +149,9 @@ class Planner:
             some: dict[tuple, Plan] = {}
             for plan in self._estimates:
                 kind = _kind(plan)
-                if kind not in found and len(some) < self._walks.cores and plan.memory.total <= bound[kind]:
-                    if budget.fits(plan.memory, ESTIMATED):
-                        some.setdefault(kind, plan)
+                promising = plan.memory.total <= bound[kind] and budget.fits(plan.memory, ESTIMATED)
+                if promising and kind not in found and len(some) < self._walks.cores:
+                    some.setdefault(kind, plan)
             if not some:
                 break
             for kind, exact in zip(some, self.examine(*(plan.settings for plan in some.values())), strict=True):
