@@ -1,8 +1,8 @@
 """`harmony-fast bench plan`: what fits, for image towers, cards and numbers of cards. Nothing is run.
 
 For each: the largest micro-batch in bf16 without offload, found with every block checkpointed, packed or split passes,
-and fp32 or 8-bit optimizer states; and the samples per second that are expected of the best plan for the paper's batch
-of 768, by data sheets. Writes plan.json to bench/results/ and prints the table in markdown.
+and fp32 or 8-bit optimizer states; and the samples per second that are expected of the best plan, offload included, for
+the paper's batch of 768, by data sheets. Writes plan.json to bench/results/ and prints the table in markdown.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..engine.config import RunConfig, load_config, with_overrides
-from ..engine.errors import UserError
 from ..engine.memory import Passes, memory_of
 from ..engine.plan import Budget, Planner
 from ..engine.rates import rates_for
@@ -92,11 +91,8 @@ def _cells(config: RunConfig, ranks: int, cards: Sequence[int]) -> Iterator[tupl
     }
     with Planner(config, ranks, rates_for(cards[-1] * GIB)) as planner:
         for card in cards:
-            planner.rates = rates_for(card * GIB)
-            planner.forget_estimates()
-            try:
-                best = planner.search(Budget(card * GIB, HOST), 1)[0]
-            except UserError:
+            best = planner.estimate(Budget(card * GIB, HOST), rates_for(card * GIB))
+            if best is None:
                 yield str(card), {"largest_micro_batch": 0, "samples_per_second": None}
                 continue
             micro = _largest(config, ranks, card * GIB, settings, known, walks)

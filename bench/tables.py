@@ -18,6 +18,7 @@ from typing import Any
 from ..engine.errors import UserError
 from .loader import AUTHORS, OURS, OURS_AUGMENTED, STREAMED, TEN
 from .machine import ROOT
+from .plan import markdown as plan_table
 from .scaling_report import hours_table, memory_table
 from .step import OURS as OUR_STEP
 
@@ -173,9 +174,31 @@ def _machine(machine: dict[str, Any]) -> str:
     return f"{cores}, {machine['memory_gib']:.0f} GiB"
 
 
+def plan(report: dict[str, Any]) -> str:
+    """What is predicted to fit."""
+    return (
+        "The largest micro-batch that is predicted to fit in bf16 without offload, with every block checkpointed and "
+        f"the best\nof packed or split passes, ZeRO stages and optimizer states; and the samples a second expected of "
+        f"the best plan, offload\nincluded, for the paper's batch of {report['batch']}. Predictions, by data sheets; "
+        "`harmony-fast bench plan` makes them.\n\n" + plan_table(report)
+    )
+
+
+def checkpoints(report: dict[str, Any]) -> str:
+    """How long saving and loading take."""
+    took = {name: f"{timing['median']:.1f} s" for name, timing in report["seconds"].items()}
+    return (
+        f"A checkpoint of {report['trained_parameters'] / 1e6:.0f} M trained parameters in {report['precision']}, "
+        f"{report['bytes'] / 2**30:.2f} GiB, on\n{_machine(report['machine'])}: training stands still for "
+        f"{took['copy']}; writing, syncing and hashing take {took['write']}\nbeside it; finding the newest whole "
+        f"checkpoint takes {took['verify']}, loading it {took['load']}. So a signal is followed by the\nend of the step, "
+        f"{took['copy']} and {took['write']}."
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "loader": loader, "demo": demo, "aot": aot, "step": step, "kernels": kernels, "scaling": memory_table,
-    "hours": hours_table,
+    "hours": hours_table, "plan": plan, "checkpoints": checkpoints,
 }  # fmt: skip
 """What makes the part of each name"""
 

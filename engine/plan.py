@@ -165,9 +165,11 @@ class Planner:
             raise UserError(_nothing_fits(smallest, budget))
         return sorted(found.values(), key=lambda plan: plan.cost)[:count]
 
-    def forget_estimates(self) -> None:
-        """After `rates` were changed."""
+    def estimate(self, budget: Budget, rates: Rates) -> Plan | None:
+        """The fastest plan that is estimated to fit, its passes not gone through; None if nothing does."""
+        self.rates = rates
         self.__dict__.pop("_estimates", None)
+        return next((plan for plan in self._estimates if budget.fits(plan.memory)), None)
 
     def examine(self, *choices: dict[str, Any]) -> list[Plan]:
         """Some settings, their passes gone through exactly; of many micro-batches, two."""

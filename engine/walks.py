@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import select
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from threading import Thread
 
 import torch
 
@@ -56,5 +58,17 @@ class Walks:
         if self._others is None:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
-            self._others = ProcessPoolExecutor(self.cores, context, initializer=torch.set_num_threads, initargs=(1,))
+            self._others = ProcessPoolExecutor(self.cores, context, initializer=_work_for, initargs=(os.getpid(),))
         return self._others
+
+
+def _work_for(main: int) -> None:
+    """In another process, at its start: one thread, and no life after the main process."""
+    torch.set_num_threads(1)
+    Thread(target=_end_with, args=(os.pidfd_open(main),), daemon=True).start()
+
+
+def _end_with(process: int) -> None:
+    """Wait for a process, by its descriptor, to end, and end this one."""
+    select.select([process], [], [])
+    os._exit(1)

@@ -5,8 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from harmony_fast.engine.config import parse_config
+from harmony_fast.engine.live_bytes import LiveBytes
 from harmony_fast.engine.memory import predict
+from harmony_fast.harmony.image_encoder import Block
+from harmony_fast.harmony.packing import Layout
+from harmony_fast.kernels import dispatch
 from steps import config, start
 
 pytestmark = pytest.mark.timeout(900)
@@ -54,3 +59,17 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 def test_the_predicted_peak_is_within_5_percent_of_the_counted(measured: dict[str, float], name: str) -> None:
     memory = predict(parse_config(of(name), name), SETTINGS[name][0], "cpu")
     assert memory.total == pytest.approx(measured[name], rel=0.05), memory.parts
+
+
+@pytest.mark.parametrize(("width", "heads"), [(192, 3), (384, 6), (64, 8)])
+def test_what_a_block_keeps(width: int, heads: int) -> None:
+    """`Block`'s own formula, with the kernels that a GPU takes."""
+    tokens = 5 * 197
+    with torch.device("meta"):
+        block, x = Block(width, heads, 4.0, 1e-6), torch.empty(tokens, width).requires_grad_()
+    live = LiveBytes("meta")
+    with dispatch.preferring("auto"), live:
+        live.watch(block)
+        y = block(x, Layout(torch.arange(6, dtype=torch.int32) * 197, 197))
+    assert y.shape == x.shape  # counted in the place of x, which was there before
+    assert live.now.total() == 4 * tokens * (16 * width + heads + 4)

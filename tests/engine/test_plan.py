@@ -1,8 +1,12 @@
 """`harmony-fast plan`: what it names fits, is the fastest that does, and computes the same; bad input is one line."""
 
 import json
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -100,6 +104,36 @@ def test_sizes(text: str, size: float) -> None:
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(UserError, match="--memory"):
         size_of(text, "--memory")
+
+
+def test_no_process_is_left_behind(tmp_path: Path) -> None:
+    """Of a plan that is killed while others work for it."""
+    path = tmp_path / "large.yaml"
+    path.write_text(yaml.safe_dump(config(model__image__depth=12, model__text__depth=12)))
+    words = [sys.executable, "-m", "harmony_fast.engine.cli", "plan", str(path)]
+    process = subprocess.Popen(words, env={**os.environ, "HARMONY_FAST_TEST": str(tmp_path)})
+    try:
+        wait_for(lambda: len(started_for(tmp_path)) > 3)  # more than itself, a fork server and a resource tracker
+    finally:
+        process.kill()
+        process.wait()
+    wait_for(lambda: not started_for(tmp_path))
+
+
+def started_for(folder: Path) -> list[str]:
+    """Processes with this test's mark in their environment."""
+    mark, found = f"HARMONY_FAST_TEST={folder}".encode(), []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            found += [path.parent.name] if mark in path.read_bytes() else []
+    return found
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 200
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def plan(*arguments: object) -> subprocess.CompletedProcess:
