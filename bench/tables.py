@@ -191,7 +191,7 @@ def checkpoints(report: dict[str, Any]) -> str:
         f"A checkpoint of {report['trained_parameters'] / 1e6:.0f} M trained parameters in {report['precision']}, "
         f"{report['bytes'] / 2**30:.2f} GiB, on\n{_machine(report['machine'])}: training stands still for "
         f"{took['copy']}; writing, syncing and hashing take {took['write']}\nbeside it; finding the newest whole "
-        f"checkpoint takes {took['verify']}, loading it {took['load']}. So a signal is followed by the\nend of the step, "
+        f"checkpoint takes {took['verify']}, loading it {took['load']}. So a signal is followed by the\nstep's end, "
         f"{took['copy']} and {took['write']}."
     )
 

@@ -215,6 +215,10 @@ class RunConfig(MethodConfig):
     deepspeed: dict[str, Any] = Field(default={})
     """Merged into the generated DeepSpeed configuration, for experts; the result is written to the run folder."""
     evaluate: EvaluateConfig = EvaluateConfig()
+    evaluate_every: PositiveInt | None = None
+    """Steps between two evaluations while the run trains, logged as evaluate/...; null: none."""
+    evaluate_tasks: list[Literal["zero-shot", "retrieval", "knn"]] = Field(default=[])
+    """What is then evaluated; none: all of these that the run can do."""
     kernels: KernelsConfig = KernelsConfig()
 
     @model_validator(mode="before")
@@ -270,6 +274,9 @@ class RunConfig(MethodConfig):
             ),
             "compile needs zero.stage 0, 1 or 2: stage 3 gathers parameters in the middle of what would be compiled": (
                 self.compile and stage == 3
+            ),
+            "evaluate_every needs evaluate.data: what to evaluate on": (
+                self.evaluate_every is not None and not self.evaluate.data
             ),
             "precision fp16 needs zero.stage 1, 2 or 3 for its loss scaling": self.precision == "fp16" and stage == 0,
         }

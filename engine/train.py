@@ -24,6 +24,7 @@ from .data.views import StepViews
 from .distributed import Ranks, join
 from .ema import ShardedEma
 from .errors import UserError
+from .evaluate.during import evaluate_now
 from .health import SEED_STRIDE, CollapseDetector, Divergence, rollbacks
 from .log import Log
 from .sizes import GIB
@@ -35,7 +36,7 @@ from .zero import Zero, deepspeed_config
 # Keys that may change when a run goes on: they do not touch what is computed.
 FREE_KEYS = (
     "run_dir", "max_steps", "max_time", "keep_every", "max_skipped_steps", "on_divergence", "max_rollbacks", "watchdog",
-    "watchdog_seconds", "memory", "log_every", "checkpoint_every", "keep_checkpoints", "data.workers", "evaluate.",
+    "watchdog_seconds", "memory", "log_every", "checkpoint_every", "keep_checkpoints", "data.workers", "evaluate",
     "pass", "zero.", "deepspeed", "tf32", "compile", "activation_checkpointing.", "data.micro_batch_size", "kernels.",
 )  # fmt: skip
 FINISHED = "finished"
@@ -95,8 +96,12 @@ def run(settled: Settled, ranks: Ranks, stop: StopRequest) -> None:
                     left_out(result, divergence, checkpoints, loader, batch, done, zero, ranks, log)
                 stopping = ranks.any(stop.due(checkpoints.seconds, watchdog.typical))
                 saving = stopping or done == last or done % config.checkpoint_every == 0
+                evaluating = config.evaluate_every is not None and done % config.evaluate_every == 0
                 log.step(done)
-                if saving or done == 1 or done % config.log_every == 0:
+                if evaluating:
+                    with watchdog.resting():
+                        numbers.add(evaluate_now(config, zero, ranks))
+                if saving or evaluating or done == 1 or done % config.log_every == 0:
                     numbers.record(done, result, clock, zero, divergence)
                 if saving:
                     with watchdog.resting():
@@ -228,6 +233,12 @@ class Numbers:
         self._settled, self._log, self._ranks = settled, log, ranks
         self._collapse = CollapseDetector(settled.config)
         self._done, self._time = done, time.perf_counter()
+        self._more: dict[str, float] = {}
+
+    def add(self, evaluated: dict[str, float]) -> None:
+        """Have metrics of an evaluation in the next entry, and its time not counted as the steps'."""
+        self._more = evaluated
+        self._time += evaluated["evaluate/seconds"]
 
     def record(self, done: int, result: Step, clock: Clock, zero: Zero, divergence: Divergence) -> None:
         """Losses and metrics averaged over ranks, schedules, speed and memory. All ranks must call."""
@@ -241,7 +252,8 @@ class Numbers:
         entry |= memory_used(self._settled, self._ranks) | divergence.numbers()
         if zero.dtype == torch.float16:
             entry["precision/loss_scale"] = zero.loss_scale
-        self._log.record({**entry, "samples_per_second": self._rate(done)})
+        self._log.record({**entry, **self._more, "samples_per_second": self._rate(done)})
+        self._more = {}
         for sign in self._collapse.look(entry):
             self._log.warn(f"collapse? {sign}")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -209,6 +210,14 @@ class Zero:
             self.engine.set_gradient_accumulation_boundary(last)
         with self._products:
             self.engine.backward(loss)
+
+    @contextmanager
+    def whole(self, module: nn.Module) -> Iterator[None]:
+        """Inside, all parameters of a part of the model are there, also in stage 3. All ranks must enter."""
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+        with GatheredParameters(list(module.parameters())), self._products:
+            yield
 
     def step(self, scalars: Scalars, clock: Clock) -> bool:
         """Clipping and AdamW. Returns whether the step was taken: not where a gradient is not finite."""

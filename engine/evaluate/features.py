@@ -122,9 +122,8 @@ def _encoded(
     encoder: ImageEncoder, batches: Iterable[list[tuple[Picture, Tensor]]], blocks: int
 ) -> Iterator[tuple[list[Picture], Tensor, Tensor]]:
     """Pictures, class tokens [B, b, D] and mean patch tokens [B, D] of each batch."""
-    device = encoder.cls_token.device
     for batch in batches:
-        images = torch.stack([image for _, image in batch]).to(device, non_blocking=True)
+        images = torch.stack([image for _, image in batch]).to(encoder.cls_token, non_blocking=True)
         last = encoder.last_blocks(images, blocks)
         tokens = torch.stack([features[:, 0] for features in last], 1).float().cpu()
         yield [picture for picture, _ in batch], tokens, last[-1][:, 1:].mean(1).float().cpu()
@@ -164,8 +163,7 @@ def class_tokens(towers: Towers, samples: list[LabelledSample], config: RunConfi
 @torch.inference_mode()
 def image_embeddings(towers: Towers, tokens: Tensor) -> Tensor:
     """Class tokens [n, D] to unit vectors of the joint space [n, E]."""
-    device = towers.image.cls_token.device
-    return F.normalize(towers.image.project(tokens.to(device)).float(), dim=-1).cpu()
+    return F.normalize(towers.image.project(tokens.to(towers.image.cls_token)).float(), dim=-1).cpu()
 
 
 @torch.inference_mode()
