@@ -55,9 +55,9 @@ class Divergence:
         """A step was taken."""
         self.skipped.in_a_row = 0
 
-    def left_out(self, finite_loss: bool, scaled: bool) -> bool:
-        """A step was not taken. scaled: fp16's loss scale can still be halved. Returns whether the run must end."""
-        if finite_loss and scaled:
+    def left_out(self, scaled: bool) -> bool:
+        """A step was not taken. scaled: because of fp16's loss scale alone. Returns whether the run must end."""
+        if scaled:
             self.skipped.scaling += 1
             return False
         self.skipped.total += 1

@@ -178,3 +178,27 @@ def test_damaged_notes_in_the_run_folder(copied: Path, faults: Faults, name: str
     message = run(*words, fails=fatal)
     assert (name in message) if fatal else "resumed at step 1" in message
     faults.injected(f"damaged {name}")
+
+
+CAPTIONS = [
+    "\0\0", "\x1b[31mred\x1b[0m", "\u202egnirts", "a" * 100_000, "\r\n\t", "<|endoftext|> again", "\ufffe", "😀" * 50,
+]  # fmt: skip
+
+
+def test_captions_of_any_characters(tar: Callable, pairs: Callable, tmp_path: Path, faults: Faults) -> None:
+    """Each becomes tokens or a reject; the terminal and the log get no control character."""
+    from harmony_fast.engine.data.beton import open_beton
+    from harmony_fast.engine.data.prepare import prepare
+    from harmony_fast.engine.data.verify import verify
+
+    files = []
+    for k, caption in enumerate(CAPTIONS):
+        [(image, content), (text, _)] = pairs(1, start=k)
+        files += [(image, content), (text, caption.encode(errors="surrogatepass"))]
+    files += [(name, content) for name, content in pairs(1, start=90)[:1]] + [("000090.txt", b"\xff\xfe\x80")]
+    summary = prepare([tar("a.tar", files)], tmp_path / "x.beton", context=16, workers=1, progress=False)
+    assert summary.written + summary.left_out.total() == len(CAPTIONS) + 1
+    assert verify(tmp_path / "x.beton", 1) == summary.written == len(open_beton(tmp_path / "x.beton").keys())
+    rejects = summary.rejects_path
+    assert not any(c < " " and c != "\n" for c in rejects.read_text())
+    faults.injected("captions of control characters")
