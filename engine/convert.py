@@ -21,6 +21,7 @@ from torch import Tensor
 from ..harmony.model import Harmony
 from .authors import TO_THEIRS, Source, our_name, read_source, their_name
 from .checkpoint import WEIGHTS, write_weights_only
+from .checkpoint_folder import CheckpointFolder
 from .config import RunConfig, apply_override, dump_config, load_config, parse_config
 from .errors import UserError
 from .infer import FIXED, infer_config, missing_heads
@@ -223,10 +224,10 @@ def describe(
 
 def read_run(run_dir: Path) -> tuple[RunConfig, dict[str, Tensor]]:
     """Configuration and newest weights of a run."""
-    pointer = run_dir / "checkpoints" / "latest"
-    if not pointer.is_file():
+    found = CheckpointFolder(run_dir).newest([WEIGHTS])[0]
+    if found is None:
         raise UserError(f"{run_dir}: not a run folder with a checkpoint")
-    path = run_dir / "checkpoints" / pointer.read_text().strip() / WEIGHTS
+    path = found / WEIGHTS
     try:
         return load_config(run_dir / "config.yaml"), load_file(path)
     except OSError as error:

@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .checkpoint_folder import CheckpointFolder, step_of
 from .config import RunConfig, differences, dump_config, load_config
 from .errors import UserError
 from .evaluate import evaluate_run, known_metrics
@@ -45,11 +46,11 @@ class Trial:
     @property
     def trained(self) -> bool:
         """Whether its last checkpoint is there, of this configuration."""
-        latest, config = self.folder / "checkpoints" / "latest", self.folder / "config.yaml"
-        if not latest.is_file() or not config.is_file():
+        newest, config = CheckpointFolder(self.folder).newest([])[0], self.folder / "config.yaml"
+        if newest is None or not config.is_file():
             return False
-        progress = json.loads((latest.parent / latest.read_text().strip() / "progress.json").read_text())
-        return progress["step"] == self.config.max_steps and differences(load_config(config), self.config) == []
+        differ = set(differences(load_config(config), self.config))
+        return step_of(newest) == self.config.max_steps and differ <= {"precision"}  # auto is settled when it trains
 
     @property
     def evaluated(self) -> bool:

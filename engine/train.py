@@ -12,7 +12,7 @@ import torch
 from ..harmony.model import Harmony
 from ..harmony.schedules import Clock
 from .auto_memory import Settled, settle
-from .backends import use_backends
+from .backends import has_bf16, settle_precision, use_backends
 from .build import build_model, count_micro_batches
 from .checkpoint import Checkpoints
 from .config import RunConfig, differences, dump_config, load_config
@@ -174,7 +174,8 @@ def prepare_run_folder(config: RunConfig, ranks: Ranks) -> None:
     """Create the run folder, or check that the run in it is this one. Raises UserError if it is another."""
     path = config.run_dir / "config.yaml"
     if path.is_file():
-        changed = [k for k in differences(load_config(path), config) if not k.startswith(FREE_KEYS)]
+        saved = settle_precision(load_config(path), has_bf16(ranks.device))
+        changed = [k for k in differences(saved, config) if not k.startswith(FREE_KEYS)]
         if changed and (config.run_dir / "checkpoints" / "latest").is_file():
             raise UserError(
                 f"{config.run_dir} holds a run of another configuration (differs in: {', '.join(changed)}); "

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ...harmony.model import Harmony
 from ..checkpoint import load_run
+from ..checkpoint_folder import CheckpointFolder
 from ..config import RunConfig, with_overrides
 from ..data.labelled import LabelledSample
 from ..data.pictures import PictureSet, Reading, open_pictures
@@ -65,7 +66,7 @@ def load_towers(path: Path, overrides: list[str]) -> tuple[RunConfig, Towers, di
     config, model = load_run(path, device)
     config = with_overrides(config, overrides)
     branch = choose_branch(config, model)
-    checkpoint = (path / "checkpoints" / "latest").read_text().strip()
+    checkpoint = CheckpointFolder(path).newest([])[0].name
     return config, branch, about(config, checkpoint, "teacher" if branch is model.teacher else "student")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...harmony.image_encoder import ImageEncoder
 from ...harmony.text_encoder import TextEncoder
 from ..checkpoint import load_run
+from ..checkpoint_folder import CheckpointFolder, step_of
 from ..config import RunConfig
 from ..errors import UserError
 from ..evaluated import ABOUT, METRICS, choose_branch, known_metrics
@@ -102,7 +103,7 @@ def read_source(run_dir: Path, branch: str | None) -> Source:
 
 def _steps_done(run_dir: Path) -> int:
     """As the newest checkpoint's name says, `step-00000200`."""
-    return int((run_dir / "checkpoints" / "latest").read_text().strip().rpartition("-")[2])
+    return step_of(CheckpointFolder(run_dir).newest([])[0])
 
 
 def _scalar(value: Tensor | None) -> Tensor | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.status import Status
 
+from ..checkpoint_folder import CheckpointFolder
 from ..errors import UserError
 from .curves import objective_name
 from .markup import Child, Markup, Section, absent, attempt, lead, page, run_name, tag
@@ -78,8 +79,11 @@ def _footer(runs: list[Run]) -> Child:
 
 
 def _checkpoint(run: Run) -> str:
-    pointer = run.folder / "checkpoints" / "latest"
-    return f"checkpoint {pointer.read_text().strip()}" if pointer.is_file() else "no checkpoint yet"
+    try:
+        found = CheckpointFolder(run.folder).newest([])[0]
+    except UserError:
+        return "no checkpoint that can be read"
+    return f"checkpoint {found.name}" if found else "no checkpoint yet"
 
 
 def _numbers(runs: list[Run]) -> list[Section]:

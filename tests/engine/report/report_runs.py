@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from harmony_fast.engine.checkpoint import write_weights_only
 from harmony_fast.engine.config import RunConfig, dump_config, parse_config
 from harmony_fast.harmony.model import Harmony
 from PIL import Image
-from safetensors.torch import save_file
 
 HOSTILE = '<script>alert("caption")</script> & <img src=https://example.com/x.png>'
 CONTEXT = 12
@@ -69,13 +69,10 @@ def configuration(folder: Path, objectives: dict[str, Any], **more: Any) -> RunC
 def write_run(config: RunConfig) -> Path:
     """A run folder as training leaves it, with the initial weights."""
     folder = config.run_dir
-    checkpoint = folder / "checkpoints" / "step-00000001"
-    checkpoint.mkdir(parents=True)
-    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    (folder / "checkpoints" / "latest").write_text(checkpoint.name)
     torch.manual_seed(0)
     model = Harmony(config)
-    save_file({k: v.clone() for k, v in model.state_dict().items()}, checkpoint / "weights.safetensors")
+    write_weights_only(folder, 1, {k: v.clone() for k, v in model.state_dict().items()})
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     lines = []
     for step in range(1, 40):
         losses = {f"loss/{name}": 3.0 / step for name in model.objectives}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -205,7 +206,7 @@ def test_without_a_log(full: Path, tmp_path: Path) -> None:
 
 def test_a_run_that_has_not_saved_yet(full: Path, tmp_path: Path) -> None:
     folder = write_run(configuration(tmp_path, ALL, evaluate={"data": [str(full / "queries.tar")]}))
-    (folder / "checkpoints" / "latest").unlink()
+    shutil.rmtree(folder / "checkpoints")
     page = Page(write_report(folder))
     assert page.absent() == {"metrics", "names"}
     assert "no checkpoint yet" in page.parts["names"]
@@ -235,7 +236,7 @@ def test_several_runs_are_laid_side_by_side(full: Path, tmp_path: Path) -> None:
         folders.append(write_run(configuration(tmp_path / name / "seed-0", objectives, evaluate=evaluate)))
     for folder, value in zip(folders[:2], (0.25, 0.75), strict=True):
         (folder / "metrics.json").write_text(json.dumps({"knn": {"top1": value, "chance": {"top1": 0.125}}}))
-    (folders[2] / "checkpoints" / "latest").unlink()
+    shutil.rmtree(folders[2] / "checkpoints")
     path = write_report(*folders)
     assert path == tmp_path / "report.html"
     page = Page(path)
