@@ -77,7 +77,7 @@ def test_many_micro_batches_need_what_is_predicted_of_them(tiny: RunConfig, plan
     settings = {"data.micro_batch_size": 2, "pass": "packed", "activation_checkpointing.image": 0,
                 "activation_checkpointing.text": 0, "zero.stage": 1, "optimizer.states": "fp32",
                 "zero.offload_optimizer": False, "zero.offload_parameters": False}  # fmt: skip
-    plan = planner.examine(settings)
+    [plan] = planner.examine(settings)
     exact = predict(with_overrides(tiny, plan.overrides), 1)
     assert plan.memory.total - CONTEXT == pytest.approx(exact.total - CONTEXT, rel=0.03)
 
