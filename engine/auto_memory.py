@@ -31,6 +31,11 @@ PLANNED = (
     "data.micro_batch_size", "pass", "activation_checkpointing.", "zero.", "optimizer.states", "precision",
 )  # fmt: skip
 """Keys that a plan settles; the search does not start from them, but for the precision"""
+BESIDE = (
+    "run_dir", "max_", "log_every", "checkpoint_every", "keep_", "evaluate", "watchdog", "on_divergence",
+    "data.workers",
+)  # fmt: skip
+"""Beginnings of keys that no plan depends on"""
 SMALLER = (0.85, 0.7, 0.5)
 """Parts of what the best plan takes that the next ones may take"""
 FIXED = ("optimizer.states", "precision")
@@ -138,7 +143,7 @@ def _budget(config: RunConfig, ranks: Ranks) -> Budget:
 
 def _key(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     """What plans depend on, as plain data."""
-    apart = (*PLANNED[:-1], "run_dir", "max_steps", "log_every", "checkpoint_every", "keep_checkpoints", "evaluate.")
+    apart = (*PLANNED[:-1], *BESIDE)
     given = {key: value for key, value in dotted(plain(config)).items() if not key.startswith(apart)}
     on_gpu = ranks.device.type == "cuda"
     total = torch.cuda.get_device_properties(ranks.device).total_memory if on_gpu else host_memory()

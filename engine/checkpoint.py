@@ -26,8 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..harmony.model import Harmony
-from .checkpoint_folder import CheckpointFolder, Manifest, describe, sync, write_synced
+from .checkpoint_folder import CheckpointFolder, Manifest, describe
 from .config import RunConfig, load_config
+from .disk import sync_path, write_synced
 from .distributed import Ranks
 from .ema import ShardedEma
 from .errors import UserError
@@ -92,8 +93,14 @@ class Checkpoints:
         """Restore a checkpoint, of any number of ranks and any ZeRO stage; returns its `progress.json`, which has the
         optimizer steps done under "step".
 
-        Raises UserError if its optimizer states cannot be cut for these ranks (8-bit states).
+        Raises UserError if its optimizer states cannot be cut for these ranks (8-bit states), or a file holds code.
         """
+        try:
+            return self._load(path, zero, ema)
+        except UnpicklingError as error:  # the files are what the manifest says, but not what this program writes
+            raise UserError(f"{path}: holds what no checkpoint does: {str(error).splitlines()[-1][:200]}") from None
+
+    def _load(self, path: Path, zero: Zero, ema: ShardedEma) -> dict[str, Any]:
         progress = json.loads((path / PROGRESS).read_text())
         if progress["ranks"] is None:
             start_from(load_file(path / WEIGHTS), zero, ema)
@@ -105,12 +112,9 @@ class Checkpoints:
             take_moments(path, progress["stage"], progress["adam_steps"], zero, ranks)
             zero.loss_scale = progress["loss_scale"]
             return progress
-        try:
-            zero.engine.load_checkpoint(str(path.parent), tag=path.name)
-            file = path / f"ema-rank-{ranks.rank % progress['ranks']}.pt"
-            ema.load(torch.load(file, map_location=ranks.device, weights_only=True))
-        except UnpicklingError as error:  # the files are what the manifest says, but not what this program writes
-            raise UserError(f"{path}: holds what no checkpoint does: {str(error).splitlines()[-1][:200]}") from None
+        zero.engine.load_checkpoint(str(path.parent), tag=path.name)
+        file = path / f"ema-rank-{ranks.rank % progress['ranks']}.pt"
+        ema.load(torch.load(file, map_location=ranks.device, weights_only=True))
         return progress
 
     def _files(self, step: int, zero: Zero, ema: ShardedEma, state: dict[str, Any]) -> dict[Path, Callable]:
@@ -151,7 +155,7 @@ class Checkpoints:
             manifest |= json.loads(part.read_text())
             part.unlink()
         self.folder.publish(step, manifest)
-        self.folder.prune(self._keep, self._keep_every)
+        self.folder.prune(step, self._keep, self._keep_every)
 
     def _attempt(self, work: Callable[[], object]) -> str:
         """Do it; what went wrong in words, or nothing."""
@@ -170,7 +174,7 @@ def _write_all(files: dict[Path, Callable], part: Path) -> None:
     entries = {}
     for path, write in files.items():
         write(path)
-        sync(path)
+        sync_path(path)
         entries[path.name] = describe(path)
     temporary = part.with_suffix(".tmp")
     write_synced(temporary, json.dumps(entries).encode())
@@ -184,7 +188,7 @@ def write_weights_only(run_dir: Path, step: int, weights: dict[str, Tensor]) -> 
     save_file(weights, temporary / WEIGHTS, {"step": str(step)})
     (temporary / PROGRESS).write_text(json.dumps({"step": step, "ranks": None}))
     for file in temporary.iterdir():
-        sync(file)
+        sync_path(file)
     return folder.publish(step, {file.name: describe(file) for file in temporary.iterdir()})
 
 

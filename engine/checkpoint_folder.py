@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from .disk import sync_path, write_synced
 from .errors import UserError
 
 MANIFEST, LATEST = "manifest.json", "latest"
@@ -46,22 +46,27 @@ class CheckpointFolder:
         """Make what was written, and synced, the newest checkpoint."""
         temporary, final = self.temporary(step), self.path / f"step-{step:08d}"
         write_synced(temporary / MANIFEST, json.dumps({"files": manifest}, indent=1).encode())
-        sync(temporary)
+        sync_path(temporary)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
-        sync(self.path)
+        sync_path(self.path)
         pointer = self.path / f"{LATEST}.tmp"
         write_synced(pointer, final.name.encode())
         pointer.replace(self.path / LATEST)
-        sync(self.path)
+        sync_path(self.path)
         return final
 
-    def prune(self, keep: int, keep_every: int | None) -> None:
-        """Remove all but the newest `keep` and those of every `keep_every` steps."""
-        for old in self._by_step()[:-keep]:
-            if not keep_every or step_of(old) % keep_every:
-                shutil.rmtree(old, ignore_errors=True)
+    def prune(self, step: int, keep: int, keep_every: int | None) -> None:
+        """After publishing `step`, remove all but the newest `keep` and those of every `keep_every` steps.
+
+        Those of later steps go, too: they were damaged, or are of a course that the run has turned away from.
+        """
+        found = self._by_step()
+        later = [path for path in found if step_of(path) > step]
+        older = [path for path in found if step_of(path) <= step][:-keep]
+        for path in later + [path for path in older if not keep_every or step_of(path) % keep_every]:
+            shutil.rmtree(path, ignore_errors=True)
 
     def newest(self, files: Collection[str] | None = None) -> tuple[Path | None, list[str]]:
         """The newest checkpoint whose files (all, or these) are whole, and what is wrong with newer ones.
@@ -126,20 +131,3 @@ def _digest(file) -> hashlib._Hash:  # Python 3.10
     while piece := file.read(2**20):
         digest.update(piece)
     return digest
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file that is on the disk when this returns."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync(path: Path) -> None:
-    """Have a file's or folder's contents on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..harmony.objectives import Collectives
 from .errors import StartAgain, UserError
+from .stopping import SIGNALS
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import RunProcsResult
@@ -144,8 +145,8 @@ def first_host(hosts: str) -> str:
 def launch(ranks: int, arguments: list[str]) -> None:
     """Run `harmony-fast ARGUMENTS` in `ranks` local processes; if one fails, end all of them; start again if one asks.
 
-    The ranks meet in a file and talk over the loopback device. SIGTERM and SIGINT are passed on, so that ranks can
-    save. Raises UserError if a rank failed (it has printed why).
+    The ranks meet in a file and talk over the loopback device. Signals that ask to stop are passed on, so that ranks
+    can save. Raises UserError if a rank failed (it has printed why).
     """
     if torch.cuda.is_available() and ranks > torch.cuda.device_count():
         raise UserError(f"{ranks} GPUs asked for, {torch.cuda.device_count()} found")
@@ -153,9 +154,10 @@ def launch(ranks: int, arguments: list[str]) -> None:
         result = _run_ranks(ranks, arguments)
         if result is not None and not result.is_failed():
             return
-        first = min(result.failures.values(), key=lambda f: f.timestamp) if result else None
-        status = first.exitcode if first else "unknown"
-        if status != StartAgain.STATUS:
+        failures = list(result.failures.values()) if result else []
+        if not any(failure.exitcode == StartAgain.STATUS for failure in failures):  # others fail because of that one
+            first = min(failures, key=lambda failure: failure.timestamp, default=None)
+            status = first.exitcode if first else "unknown"
             which = f"rank {first.local_rank}" if first else "a rank"
             raise UserError(f"{which} of {ranks} ended with exit status {status}; its message is above")
 
@@ -181,14 +183,14 @@ def _run_ranks(ranks: int, arguments: list[str]) -> RunProcsResult | None:
 
 @contextmanager
 def _passing_signals_to(pids: dict[int, int]) -> Iterator[None]:
-    """SIGTERM and SIGINT to this process reach the ranks, which are sessions of their own."""
+    """What asks this process to stop reaches the ranks, which are sessions of their own."""
 
     def forward(number: int, _frame: object) -> None:
         for pid in pids.values():
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
         yield
     finally:

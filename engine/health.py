@@ -35,7 +35,7 @@ class Divergence:
 
     def __init__(self, config: RunConfig, saved: dict[str, Any]) -> None:
         """saved: what `state` was in the checkpoint that the run goes on from."""
-        self._config = config
+        self._config, self._rollbacks = config, rollbacks(config.run_dir)
         self.skipped = Skipped(**saved.get("skipped", {}))
 
     @property
@@ -67,10 +67,10 @@ class Divergence:
     def give_up(self, step: int, reports: Path, can_go_back: bool) -> None:
         """Raise StartAgain to go on from the last checkpoint in another order, or UserError to end the run."""
         what = f"the loss or its gradient is not finite at step {step} ({self.skipped.in_a_row} steps in a row)"
-        done = rollbacks(self._config.run_dir)
+        done = self._rollbacks
         if self._config.on_divergence == "rollback" and can_go_back:
             if len(done) < self._config.max_rollbacks:
-                path = self._config.run_dir / ROLLBACKS  # the same from every rank
+                path = self._config.run_dir / ROLLBACKS  # every rank writes the same
                 path.write_text(json.dumps([*done, step]))
                 raise StartAgain(f"{what}; going back to the last checkpoint, with the data in another order")
             what += f" after {len(done)} rollbacks"

@@ -134,8 +134,9 @@ def measure_rates(ranks: Ranks) -> Rates:
         link = share * size / _seconds(lambda: ranks.sum(near), device)
     return Rates(
         name=torch.cuda.get_device_name(device) if on_gpu else "this machine's processor",
-        flops=REACHED * _products(half, device),
-        single=REACHED * _products(torch.float32, device),
+        # A processor without bf16 instructions may be fifty times slower at it.
+        flops=REACHED * _products(half, 16384 if on_gpu else 64, device),
+        single=REACHED * _products(torch.float32, 16384 if on_gpu else 2048, device),
         memory=2 * size / _seconds(lambda: near.copy_(other), device),
         link=link,
         host_link=size / _seconds(lambda: near.copy_(host), device),
@@ -144,9 +145,8 @@ def measure_rates(ranks: Ranks) -> Rates:
     )
 
 
-def _products(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations per second of [m, 768] [768, 3072]."""
-    rows = 16384 if device.type == "cuda" else 2048
+def _products(dtype: torch.dtype, rows: int, device: torch.device) -> float:
+    """Operations per second of [rows, 768] [768, 3072]."""
     a, b = torch.randn(rows, 768, dtype=dtype, device=device), torch.randn(768, 3072, dtype=dtype, device=device)
     return 2 * rows * 768 * 3072 / _seconds(lambda: a @ b, device)
 

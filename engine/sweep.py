@@ -23,7 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .checkpoint_folder import CheckpointFolder, step_of
 from .config import RunConfig, differences, dump_config, load_config
 from .errors import UserError
-from .evaluate import evaluate_run, known_metrics
+from .evaluate import evaluate_run
+from .evaluated import known_metrics
 from .sweep_recipes import Budget, settle_budget, under_budget
 from .sweep_results import collect, guessing, write_results
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import UserError
-from .evaluate import known_metrics
+from .evaluated import known_metrics
 from .report.curves import read_log
 from .report.metrics import by_task, random_levels
 from .report.samples import HeldOut
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Found = dict[str, Any]
 SHORT = {
     "zero_shot": "zero-shot", "retrieval/image_to_text": "image → text", "retrieval/text_to_image": "text → image",
-    "knn": "kNN", "top1": "top-1", "top10": "top-10", "r1": "R@1", "r5": "R@5", "r10": "R@10",
+    "knn": "kNN", "top1": "top-1", "top5": "top-5", "top10": "top-10", "r1": "R@1", "r5": "R@5", "r10": "R@10",
 }  # fmt: skip
 """Of metrics and their parts, for headings."""
 BLUE, INK, QUIET = "#0072b2", "#1b1f27", "#98a2b3"

@@ -52,11 +52,12 @@ class Watchdog:
     @contextmanager
     def resting(self) -> Iterator[None]:
         """What happens inside is no step: saving, evaluating."""
-        self._since, started = None, time.monotonic() - (self._since or time.monotonic())
+        now = time.monotonic()
+        self._since, spent = None, now - (self._since or now)
         try:
             yield
         finally:
-            self._since = time.monotonic() - started
+            self._since = time.monotonic() - spent
 
     def __enter__(self) -> Watchdog:
         if self._factor:

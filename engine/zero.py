@@ -18,6 +18,7 @@ from ..harmony.objectives.base import Center
 from ..harmony.schedules import Clock, warmup_cosine
 from ..harmony.teacher import twins
 from .config import RunConfig
+from .config import merged as merge
 from .distributed import Ranks
 from .errors import UserError
 from .half_on_cpu import products_for
@@ -102,7 +103,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "fp16": {"enabled": config.precision == "fp16", "initial_scale_power": 16},
         "steps_per_print": 2**31,
     }
-    merged = _merged(generated, config.deepspeed)
+    merged = merge(generated, config.deepspeed)
     if merged["zero_optimization"].get("overlap_comm") and not _may_overlap(config, world_size):
         raise UserError(
             "deepspeed.zero_optimization.overlap_comm: in zero.stage 1 DeepSpeed adds up wrong gradients with it where "
@@ -120,15 +121,6 @@ def _may_overlap(config: RunConfig, world_size: int) -> bool:
     size = config.data.batch_size // world_size
     once = config.pass_mode == "packed" and config.data.micro_batch_size in (None, size)
     return config.zero.stage > 1 or (once and not config.zero.offload_optimizer)
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Nested mappings; `over` wins."""
-    merged = dict(base)
-    for key, value in over.items():
-        nested = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merged(base[key], value) if nested else value
-    return merged
 
 
 def build_optimizer(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..disk import sync
 from ..errors import DataError
-from .beton import PAGE, BetonWriter, sync
+from .beton import PAGE, BetonWriter
 from .parts import DIGEST_BYTES, DUPLICATE, Part, PartFiles, Reject
 from .progress import Progress
 

@@ -19,6 +19,7 @@ from zlib import crc32
 
 import numpy as np
 
+from ..disk import sync, sync_path
 from ..errors import DataError
 from .beton_format import (
     ALLOCATION,
@@ -148,22 +149,7 @@ class BetonWriter:
         self._file.write(header.tobytes() + fields.tobytes())
         sync(self._file)
         os.replace(self.temporary, self.path)
-        sync_folder(self.path.parent)
-
-
-def sync(file: BinaryIO) -> None:
-    """Return only when what was written to `file` is on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_path(self.path.parent)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import __version__ as pillow_version
 
+from ..disk import sync
 from ..errors import DataError
-from .beton import sync
 from .images import Rejected, to_jpeg
 from .samples import Sample, ShardDamaged
 from .sources import Chunk

@@ -76,13 +76,14 @@ def test_packages_that_are_missing_old_or_broken(monkeypatch: pytest.MonkeyPatch
 
 
 def test_configuration_says_which_backends(tiny: dict) -> None:
-    config = parse_config({**tiny, "kernels": {"ema": "torch"}}, "test")
+    config = parse_config({**tiny, "precision": "fp32", "kernels": {"ema": "torch"}}, "test")
     chosen = use_backends(config, torch.device("cpu"))
     assert chosen["ema"] == ("torch", "kernels.ema asks for it")
     assert chosen["attention"].reason == "the tensors are on the CPU"
     with pytest.raises(
         UserError, match=r"attention: kernels\.attention asks for triton, but the tensors are on the CPU"
     ):
-        use_backends(parse_config({**tiny, "kernels": {"attention": "triton"}}, "test"), torch.device("cpu"))
+        asked = {**tiny, "precision": "fp32", "kernels": {"attention": "triton"}}
+        use_backends(parse_config(asked, "test"), torch.device("cpu"))
     with pytest.raises(UserError, match=r"kernels\.ema"):
         parse_config({**tiny, "kernels": {"ema": "xformers"}}, "test")

@@ -10,7 +10,7 @@ import pytest
 from commands import newest, run
 from counting import Faults
 from harmony_fast.engine.checkpoint import load_run
-from harmony_fast.engine.checkpoint_folder import CheckpointFolder, damage
+from harmony_fast.engine.checkpoint_folder import CheckpointFolder, damage, describe
 from harmony_fast.engine.errors import UserError
 
 STEPS = 4
@@ -92,6 +92,21 @@ def test_a_pointer_that_is_wrong_does_not_matter(copied: Path, faults: Faults, p
     path.unlink() if pointer is None else path.write_bytes(pointer)
     assert CheckpointFolder(copied).newest()[0].name == f"step-{STEPS:08d}"
     faults.injected("pointer to the newest checkpoint")
+
+
+def test_what_is_newer_than_a_damaged_past_goes(copied: Path, tmp_path: Path, faults: Faults) -> None:
+    """After going on from an older one: a new checkpoint between damaged ones is not taken for an old one."""
+    folder = CheckpointFolder(copied)
+    for step in (3, 4):
+        lose(folder.path / f"step-{step:08d}" / "weights.safetensors")
+    assert folder.newest()[0].name == "step-00000002"
+    shutil.rmtree(folder.path / "step-00000003")
+    (folder.begin(3) / "file").write_bytes(b"new")
+    folder.publish(3, {"file": describe(folder.temporary(3) / "file")})
+    folder.prune(3, keep=1, keep_every=None)
+    assert sorted(p.name for p in folder.path.iterdir()) == ["latest", "step-00000003"]
+    assert folder.newest() == (folder.path / "step-00000003", [])
+    faults.injected("damaged future")
 
 
 def test_what_stays(config: Path, tmp_path: Path) -> None:
