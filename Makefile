@@ -1,8 +1,9 @@
 # Two commands do everything: `make demo` and `make test`. Set-up happens by itself, once.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults lint clean
+.PHONY: help setup demo test test-faults lint docs clean
 
 RUN := .venv/bin/harmony-fast
+export PYTHONDONTWRITEBYTECODE :=
 
 help:  ## What there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,9 +23,15 @@ test: setup  ## Run the tests
 test-faults: setup  ## Interrupt, damage and starve runs, and count what is lost
 	.venv/bin/python -m pytest tests/faults -m '' --numprocesses auto --maxprocesses 2 --dist loadfile
 
-lint: setup  ## Check the style
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt '.[lint]'
+lint: setup  ## Check style and types
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[lint]'
 	.venv/bin/ruff check .
+	scripts/types.sh
+
+docs: setup  ## Build the documentation: build/site/index.html
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	.venv/bin/python scripts/config_reference.py
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
 
 clean:  ## Remove what was made: data, runs, caches (.venv stays)
-	rm -rf data runs .pytest_cache .hypothesis .ruff_cache
+	rm -rf build data runs .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -17,8 +17,9 @@ With bf16 the weights are fp32 and the passes run under autocast, as plain PyTor
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +28,15 @@ from torch import Tensor, nn
 from ..engine.config import RunConfig
 from ..engine.errors import UserError
 from ..engine.zero import Scalars, is_decayed
+from ..harmony.heads import ProjectionHead
 from ..harmony.image_encoder import ImageEncoder
 from ..harmony.model import Branch, Harmony
-from ..harmony.objectives import Objective
+from ..harmony.objectives.base import Center
+from ..harmony.objectives.contrastive import Contrastive, ContrastiveConfig
+from ..harmony.objectives.masked_language import MaskedLanguage
+from ..harmony.objectives.reconstruction import Reconstruction
+from ..harmony.objectives.self_distillation import SelfDistillation
+from ..harmony.objectives.text_distillation import TextDistillation
 from ..harmony.randomness import split, uniform
 from ..harmony.schedules import Clock
 from ..harmony.teacher import twins
@@ -49,6 +56,7 @@ PASSES = {
     "text": ("masked_language", "text_distillation"), "generative": ("reconstruction",),
 }  # fmt: skip
 """The four passes and their objectives, in the order in which they run"""
+T = TypeVar("T")
 Watch = Callable[[str], AbstractContextManager]
 """A stopwatch: `with watch("teacher"): ...`"""
 
@@ -70,9 +78,8 @@ class FourPass:
         decayed = [p for n, p in named if is_decayed(n, p)]
         others = [p for n, p in named if not is_decayed(n, p)]
         c = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=0.0, betas=c.betas, eps=c.eps
-        )
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=c.betas, eps=c.eps)
         self.watch: Watch = unwatched
 
     def step(self, views: Views, clock: Clock, scalars: Scalars) -> dict[str, Tensor]:
@@ -95,7 +102,7 @@ class FourPass:
                 continue
             with self._autocast(), self.watch("student forward"):
                 losses = run[name](views, clock)
-                total = sum(self._objective(o).config.weight * loss for o, loss in losses.items())
+                total = added(self.model.objectives[o].config.weight * loss for o, loss in losses.items())
             with self.watch("backward"):
                 total.backward()
             found.update({o: loss.detach() for o, loss in losses.items()})
@@ -106,21 +113,20 @@ class FourPass:
         device = next(self.model.parameters()).device.type
         return torch.autocast(device, half) if half and device != "meta" else nullcontext()
 
-    def _objective(self, name: str) -> Objective:
-        return self.model.objectives[name]
-
-    def _teach(self, compute: Callable[..., Tensor], *arguments: object) -> Tensor:
+    def _teach(self, compute: Callable[[], T]) -> T:
         """A teacher's pass."""
         with self.watch("teacher"), torch.no_grad():
-            return compute(*arguments)
+            return compute()
 
     def _discriminative(self, views: Views, clock: Clock) -> dict[str, Tensor]:
         """Class tokens of all crops and masked patches, every token of every crop through the head."""
-        objective, config = self._objective("self_distillation"), self._objective("self_distillation").config
-        student, teacher = self.student.heads["self_distillation"], self.teacher.heads["self_distillation"]
+        name = "self_distillation"
+        objective = cast(SelfDistillation, self.model.objectives[name])
+        config = objective.config
+        student, teacher = head_of(self.student, name), head_of(self.teacher, name)
         crops, mask = views.global_crops.flatten(0, 1), views.block_mask.flatten(0, 1)
         count = len(views.global_crops)
-        known, known_patches = self._teach(lambda: project(teacher, encode_images(self.teacher.image, crops)[0]))
+        known, known_patches = self._teach(lambda: project(teacher, encode_images(there(self.teacher.image), crops)[0]))
         learned, patches = project(
             student, self._encode(View.GLOBAL_MASKED, views, crops, mask) if objective.patches
             else self._encode(View.GLOBAL_PLAIN, views, crops),
@@ -135,8 +141,8 @@ class FourPass:
         terms = [
             cross_entropy(q, z / tau_s).mean() for a, q in enumerate(targets) for v, z in enumerate(classes) if v != a
         ]
-        loss = config.class_weight * sum(terms) / len(terms)
-        if objective.patches:
+        loss = config.class_weight * added(terms) / len(terms)
+        if objective.patch_center is not None and config.patch_weight is not None:
             tau = objective.warmed_up(clock, config.patch_temperature_start, config.patch_temperature)
             q = ((known_patches - objective.patch_center.value) / tau).softmax(-1)
             each = (cross_entropy(q, patches / tau_s) * mask).sum(-1) / mask.sum(-1).clamp(min=1)
@@ -147,7 +153,7 @@ class FourPass:
 
     def _contrastive(self, views: Views, clock: Clock) -> dict[str, Tensor]:
         """The first crop and the caption once more, in both branches."""
-        objective = self._objective("contrastive")
+        objective = cast(Contrastive, self.model.objectives["contrastive"])
         image, text = self._embeddings(self.student, views)
         logits = objective.logit_scale.exp() * image @ text.T
         pairs = torch.arange(len(logits), device=logits.device)
@@ -161,28 +167,33 @@ class FourPass:
 
     def _embeddings(self, branch: Branch, views: Views) -> tuple[Tensor, Tensor]:
         """Unit vectors of images and texts [B, E]."""
+        image, text = there(branch.image), there(branch.text)
         if branch is self.student:
             features = self._encode(View.GLOBAL_PLAIN, views, views.global_crops[0])
         else:
-            features = encode_images(branch.image, views.global_crops[0])[0]
-        tokens = branch.text.ln_final(encode_captions(branch.text, views.tokens))
+            features = encode_images(image, views.global_crops[0])[0]
+        tokens = there(text.ln_final)(encode_captions(text, views.tokens))
         rows = torch.arange(len(tokens), device=tokens.device)
-        text = tokens[rows, views.tokens.argmax(-1)] @ branch.text.text_projection
-        return F.normalize(features[:, 0] @ branch.image.contrastive_projection, dim=-1), F.normalize(text, dim=-1)
+        captions = tokens[rows, views.tokens.argmax(-1)] @ there(text.text_projection)
+        images = features[:, 0] @ there(image.contrastive_projection)
+        return F.normalize(images, dim=-1), F.normalize(captions, dim=-1)
 
     def _text(self, views: Views, clock: Clock) -> dict[str, Tensor]:
         """Masked words at full context length, and the teacher's text tower once more."""
         masked = views.tokens.masked_fill(views.caption_mask, self.config.model.text.vocabulary)
-        features, mask, losses = encode_captions(self.student.text, masked), views.caption_mask, {}
+        features, mask, losses = encode_captions(there(self.student.text), masked), views.caption_mask, {}
         if "masked_language" in self.model.objectives:
-            logits = decode_words(self._objective("masked_language").decoder, features)
+            language = cast(MaskedLanguage, self.model.objectives["masked_language"])
+            logits = decode_words(language.decoder, features)
             words = views.tokens.masked_fill(~mask, -100)  # what cross_entropy leaves out
             losses["masked_language"] = F.cross_entropy(logits.flatten(0, 1), words.flatten())
         if "text_distillation" in self.model.objectives:
-            objective, head = self._objective("text_distillation"), self.teacher.heads["text_distillation"]
-            known = self._teach(lambda: project_words(head, encode_captions(self.teacher.text, views.tokens)))
+            name = "text_distillation"
+            objective = cast(TextDistillation, self.model.objectives[name])
+            student, teacher = head_of(self.student, name), head_of(self.teacher, name)
+            known = self._teach(lambda: project_words(teacher, encode_captions(there(self.teacher.text), views.tokens)))
             q = ((known - objective.center.value) / objective.teacher_temperature(clock)).softmax(-1)
-            scores = project_words(self.student.heads["text_distillation"], features)
+            scores = project_words(student, features)
             each = cross_entropy(q, scores / objective.config.student_temperature) * mask
             losses["text_distillation"] = (each.sum(-1) / mask.sum(-1).clamp(min=1)).mean()
             move(objective.center, q.flatten(0, 1).mean(0))
@@ -190,15 +201,15 @@ class FourPass:
 
     def _generative(self, views: Views, clock: Clock) -> dict[str, Tensor]:
         """Each crop by itself; all patches predicted, those removed compared."""
-        objective, total = self._objective("reconstruction"), 0.0
+        objective, terms = cast(Reconstruction, self.model.objectives["reconstruction"]), []
         for crop in range(objective.crops):
             images, kept, removed = views.global_crops[crop], views.kept[crop], views.removed[crop]
             visible = self._encode(View.GLOBAL_VISIBLE, views, images, kept=kept, crop=crop)
             prediction = decode_pixels(objective.decoder, visible, kept, removed)
             target = _normalised(images, objective.patch_size)
             gone = torch.zeros(target.shape[:2], dtype=target.dtype, device=target.device).scatter(1, removed, 1.0)
-            total = total + (((prediction - target) ** 2).mean(-1) * gone).sum() / gone.sum()
-        return {"reconstruction": total}
+            terms.append((((prediction - target) ** 2).mean(-1) * gone).sum() / gone.sum())
+        return {"reconstruction": added(terms)}
 
     def _encode(
         self, view: View, views: Views, images: Tensor, mask: Tensor | None = None, kept: Tensor | None = None,
@@ -206,8 +217,9 @@ class FourPass:
     ) -> Tensor:  # fmt: skip
         """A pass of the student's image tower over all of a view's crops, or over one."""
         crops = range(len(images) // views.batch_size) if crop is None else [crop]
-        branches = drawn_branches(self.student.image, view, views.drop_keys, crops, images)
-        return encode_images(self.student.image, images, mask, kept, branches)[0]
+        tower = there(self.student.image)
+        branches = drawn_branches(tower, view, views.drop_keys, crops, images)
+        return encode_images(tower, images, mask, kept, branches)[0]
 
     def _update(self, clock: Clock, scalars: Scalars) -> None:
         """Clip each parameter by itself, forget the gradients of what is frozen, AdamW."""
@@ -249,12 +261,28 @@ def drawn_branches(
     return [(f[:, 0], f[:, 1]) for f in factors]
 
 
+def there(part: T | None) -> T:
+    """A part of a branch, which has what its objectives ask for."""
+    assert part is not None
+    return part
+
+
+def head_of(branch: Branch, objective: str) -> ProjectionHead:
+    """The head of an objective that distils."""
+    return cast(ProjectionHead, branch.heads[objective])
+
+
+def added(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of one term at least."""
+    return cast(Tensor, sum(terms))
+
+
 def cross_entropy(q: Tensor, z: Tensor) -> Tensor:
     """-sum_k q_k log softmax(z)_k over the last dimension."""
     return -(q * z.log_softmax(-1)).sum(-1)
 
 
-def move(center: nn.Module, mean: Tensor) -> None:
+def move(center: Center, mean: Tensor) -> None:
     """Move a center towards what was seen, right after it was used."""
     center.value.mul_(center.momentum).add_(mean.to(center.value.dtype), alpha=1 - center.momentum)
 
@@ -272,5 +300,5 @@ def _check(config: RunConfig) -> None:
     unknown = sorted(set(ours) - theirs)
     if unknown:
         raise UserError(f"the four-pass baseline has no objective {', '.join(unknown)}; it has {', '.join(theirs)}")
-    if "contrastive" in ours and ours["contrastive"].kind != "softmax":
+    if "contrastive" in ours and cast(ContrastiveConfig, ours["contrastive"]).kind != "softmax":
         raise UserError("the four-pass baseline has no contrastive kind sigmoid; set it to softmax")

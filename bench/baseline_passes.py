@@ -7,13 +7,14 @@ P = S * S patches, D width, H heads, C context length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..harmony.heads import PixelDecoder, ProjectionHead, WordDecoder
+from ..harmony.heads import PixelDecoder, ProjectionHead, Prototypes, WordDecoder
 from ..harmony.image_encoder import Block, ImageEncoder
 from ..harmony.text_encoder import TextBlock, TextEncoder, TextTransformer
 
@@ -33,6 +34,7 @@ def encode_images(
     """
     x = tower.patch_embed.proj(images).flatten(2).transpose(1, 2)
     if mask is not None:
+        assert tower.masked_embed is not None
         x = torch.where(mask[..., None], tower.masked_embed.to(x.dtype), x)
     position = _positions(tower.pos_embed, images.shape[-1] // tower.config.patch_size)
     x = x + position[:, 1:]
@@ -40,7 +42,7 @@ def encode_images(
         x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
     first = (tower.cls_token + position[:, :1]).expand(len(x), -1, -1)
     x, maps = torch.cat([first.to(x.dtype), x], 1), []
-    for i, block in enumerate(tower.blocks):
+    for i, block in enumerate(cast(Iterable[Block], tower.blocks)):
         x, weights = image_block(block, x, branches[i] if branches else None)
         maps.append(weights)
     return tower.norm(x), torch.stack(maps).mean((0, 2))[:, 0, 1:]
@@ -77,7 +79,7 @@ def text_blocks(transformer: TextTransformer, x: Tensor) -> Tensor:
     """Causal blocks on [B, C, D], as CLIP runs them: places first, samples second, a mask of minus infinities."""
     x = x.transpose(0, 1)
     causal = torch.full((len(x), len(x)), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
-    for block in transformer.resblocks:
+    for block in cast(Iterable[TextBlock], transformer.resblocks):
         x = x + _text_attention(block, block.ln_1(x), causal)
         x = x + block.mlp(block.ln_2(x))
     return x.transpose(0, 1)
@@ -103,7 +105,7 @@ def project_words(head: ProjectionHead, tokens: Tensor) -> Tensor:
     return F.linear(F.normalize(head.mlp(tokens), dim=-1, eps=1e-12), _directions(head.last_layer))
 
 
-def _directions(layer: torch.nn.Module) -> Tensor:
+def _directions(layer: Prototypes) -> Tensor:
     """Weight normalisation with the gain at 1, made anew in every pass."""
     return F.normalize(layer.weight_v, dim=1, eps=0.0)
 
@@ -118,7 +120,7 @@ def decode_pixels(decoder: PixelDecoder, visible: Tensor, kept: Tensor, removed:
     restore = torch.cat([kept, removed], 1).argsort(1)[..., None].expand(-1, -1, x.shape[-1])
     patches = torch.cat([x[:, 1:], masks], 1).gather(1, restore)
     x = torch.cat([x[:, :1], patches], 1) + decoder.pos_embed.to(x.dtype)
-    for block in decoder.blocks:
+    for block in cast(Iterable[Block], decoder.blocks):
         x = image_block(block, x)[0]
     return decoder.pred(decoder.norm(x))[:, 1:]
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,12 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=options.scratch, prefix="bench-checkpoints-") as scratch:
         checkpoints = Checkpoints(Path(scratch), ranks, keep=1)
         for step in range(1, options.rounds + 1):
-            seconds["copy"].append(_timed(lambda step=step: checkpoints.save(step, zero, ema)))
+            seconds["copy"].append(_timed(partial(checkpoints.save, step, zero, ema)))
             seconds["write"].append(_timed(checkpoints.wait))
             seconds["verify"].append(_timed(checkpoints.latest))
-            found = checkpoints.latest()[0]
-            seconds["load"].append(_timed(lambda found=found: checkpoints.load(found, zero, ema)))
-        size = sum(file.stat().st_size for file in found.iterdir())
+            found, _ = checkpoints.latest()
+            assert found is not None  # what was written above
+            seconds["load"].append(_timed(partial(checkpoints.load, found, zero, ema)))
+            size = sum(file.stat().st_size for file in found.iterdir())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     report = {
         "machine": describe_machine(), "config": options.config.name, "overrides": options.overrides,

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class Comparison:
     case: str
     inputs: Callable[[], tuple]
     rivals: dict[str, Callable[..., Result]]
-    reference: Callable[..., Result]
+    reference: Callable[..., tuple[Tensor, ...]]
     tolerance: float
     unavailable: dict[str, str] = field(default_factory=dict)
     bytes_moved: int | None = None
@@ -80,7 +81,7 @@ def _time(
     """Time and memory of the rivals that are right, and of the yardsticks."""
     inputs = comparison.inputs()
     rivals = {name: comparison.rivals[name] for name in sound} | comparison.yardsticks
-    work = {name: (lambda rival=rival: rival(*inputs)) for name, rival in rivals.items()}
+    work = {name: partial(rival, *inputs) for name, rival in rivals.items()}
     results: dict[str, dict[str, Any]] = {}
     for name, timing in alternate(work, device, seconds=seconds).items():
         results[name] = {
@@ -101,7 +102,7 @@ def _repeatable(comparison: Comparison, seed: int) -> bool:
     return all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def _check(comparison: Comparison, name: str, expected: Result) -> tuple[str | None, float | None]:
+def _check(comparison: Comparison, name: str, expected: tuple[Tensor, ...]) -> tuple[str | None, float | None]:
     """(what is wrong, or None; the largest relative error) of a rival on inputs of its own, drawn as `expected`'s."""
     inputs = comparison.inputs()
     try:
@@ -144,6 +145,6 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def gradients(output: Tensor, *inputs: Tensor, of: Tensor | None = None) -> Result:
+def gradients(output: Tensor, *inputs: Tensor, of: Tensor | None = None) -> tuple[Tensor, ...]:
     """(output, gradients to inputs); `of` is the gradient of the output, left out for a scalar."""
     return output.detach(), *torch.autograd.grad(output, inputs, of)

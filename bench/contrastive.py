@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ def _case(batch: int, dtype: torch.dtype, device: torch.device, soft: bool) -> C
         student = [x.detach().requires_grad_() for x in (image, text, scale)]
         return *student, *((vectors(), vectors()) if soft else ())
 
-    rivals = {OURS: _ours, "eager": _eager}
+    rivals: dict[str, Callable[..., Tensor]] = {OURS: _ours, "eager": _eager}
     missing = {}
     if device.type == "cuda":
         rivals["torch.compile"] = torch.compile(_eager, dynamic=False)
@@ -56,7 +57,7 @@ def _case(batch: int, dtype: torch.dtype, device: torch.device, soft: bool) -> C
     )  # fmt: skip
 
 
-def _forward_backward(loss: object, *inputs: Tensor) -> Result:
+def _forward_backward(loss: Callable[..., Tensor], *inputs: Tensor) -> Result:
     return gradients(loss(*inputs), *inputs[:3])
 
 
@@ -92,11 +93,12 @@ def _inf_cl(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return (both[0].mean() + both[1].mean()) / 2
 
 
-def _exact(image: Tensor, text: Tensor, scale: Tensor, *teacher: Tensor) -> Result:
+def _exact(image: Tensor, text: Tensor, scale: Tensor, *teacher: Tensor) -> tuple[Tensor, ...]:
     """In fp64, a thousand rows at a time, gradients added up: autograd of plain softmax code on each part."""
     images, texts, scales = (x.detach().double().requires_grad_() for x in (image, text, scale))
     sides = [x.double() for x in teacher]
-    total, sums = torch.zeros((), dtype=torch.float64, device=image.device), None
+    total = torch.zeros((), dtype=torch.float64, device=image.device)
+    sums: list[Tensor] = []
     for start in range(0, len(image), 1024):
         part = slice(start, start + 1024)
         loss = _part_of_loss(images, texts, scales, part, *sides) + _part_of_loss(
@@ -104,7 +106,7 @@ def _exact(image: Tensor, text: Tensor, scale: Tensor, *teacher: Tensor) -> Resu
         )
         value, *found = gradients(loss / 2 / len(image), images, texts, scales)
         total += value
-        sums = found if sums is None else [a.add_(b) for a, b in zip(sums, found, strict=True)]
+        sums = [a.add_(b) for a, b in zip(sums, found, strict=True)] if sums else found
     return total, *sums
 
 

@@ -37,11 +37,11 @@ def imagined_views(config: RunConfig) -> Views:
     masks = draw_masks(
         v, config.model.image.patch_size, samples.tokens, samples.index, config.seed, 0, v.pixel_mask_ratio
     )
-    crops = (
+    global_crops, local_crops = (
         torch.empty(count, len(samples.index), 3, side, side, device="meta")
         for count, side in ((v.global_crops, v.global_size), (v.local_crops, v.local_size))
     )
-    return assemble(*crops, masks).to(torch.device("meta"))
+    return assemble(global_crops, local_crops, masks).to(torch.device("meta"))
 
 
 def count_ours(config: RunConfig, views: Views | None = None) -> Counted:

@@ -28,7 +28,7 @@ def _case(n: int, source: torch.dtype, device: torch.device) -> Comparison:
             torch.full((n,), float("nan"), device=device, dtype=torch.bfloat16),
         )  # fmt: skip
 
-    def exact(ema: Tensor, new: Tensor, copy: Tensor) -> Result:
+    def exact(ema: Tensor, new: Tensor, copy: Tensor) -> tuple[Tensor, ...]:
         expected = ema_reference(ema, new, MOMENTUM)
         return expected, expected
 

@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ from ..engine.live_bytes import LiveBytes
 from ..engine.scaling import Sizes, sent_bytes
 from ..harmony.model import Branch, Harmony
 from ..harmony.objectives import Collectives
+from ..harmony.objectives.masked_language import MaskedLanguage
+from ..harmony.objectives.reconstruction import Reconstruction
 from ..kernels import dispatch
 from .counts import CLOCK, imagined_views
 from .machine import ROOT
@@ -61,6 +63,7 @@ TOLERANCE = {"operations a sample": 0.001, "tokens": 0.0, "bytes sent": 0.001, "
 OTHER_TORCH = 0.1
 """Tolerance of bytes and calls where another version of torch made the committed values: operators differ"""
 OF_TORCH = ("bytes at the peak", "bytes written", "operator calls")
+FIRST_TEXT_LAYER = "transformer.resblocks.0.mlp.c_fc"
 
 
 class Change(NamedTuple):
@@ -80,7 +83,7 @@ class Change(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Count and compare; a line for each change. Raises UserError if there is nothing to compare with."""
     options = _parse(arguments)
-    now = {"torch": torch.__version__.partition("+")[0], "cases": {name: count(name) for name in CASES}}
+    now: dict[str, Any] = {"torch": torch.__version__.partition("+")[0], "cases": {name: count(name) for name in CASES}}
     if options.update:
         options.file.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
         print(f"{len(CASES)} cases written to {options.file}")
@@ -130,20 +133,21 @@ def layers(model: Harmony) -> Iterator[tuple[str, nn.Module]]:
     for side, branch in (("student", model.student), ("teacher", model.teacher)):
         yield from ((f"{side}'s {name}", layer) for name, layer in _of_branch(branch))
     if "reconstruction" in model.objectives:
-        decoder = model.objectives["reconstruction"].decoder
-        yield from (("pixel decoder", decoder.embed), ("predicted patches", decoder.pred))
+        pixels = cast(Reconstruction, model.objectives["reconstruction"]).decoder
+        yield from (("pixel decoder", pixels.embed), ("predicted patches", pixels.pred))
     if "masked_language" in model.objectives:
-        decoder = model.objectives["masked_language"].decoder
-        yield from (("word decoder", decoder.transformer.resblocks[0].mlp.c_fc), ("vocabulary", decoder.head))
+        words = cast(MaskedLanguage, model.objectives["masked_language"]).decoder
+        yield from (("word decoder", words.get_submodule(FIRST_TEXT_LAYER)), ("vocabulary", words.head))
 
 
 def _of_branch(branch: Branch) -> Iterator[tuple[str, nn.Module]]:
     if branch.image is not None:
         blocks = branch.image.blocks
-        yield from (("image tower", blocks[0].mlp.fc1), ("last image block", blocks[-1].mlp.fc1))
+        first, last = (block.get_submodule("mlp.fc1") for block in (blocks[0], blocks[-1]))
+        yield from (("image tower", first), ("last image block", last))
     if branch.text is not None:
-        yield "text tower", branch.text.transformer.resblocks[0].mlp.c_fc
-    yield from ((f"{name} head", head.mlp[0]) for name, head in branch.heads.items())
+        yield "text tower", branch.text.get_submodule(FIRST_TEXT_LAYER)
+    yield from ((f"{name} head", head.get_submodule("mlp.0")) for name, head in branch.heads.items())
 
 
 def _rows(x: Tensor) -> int:

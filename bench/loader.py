@@ -153,12 +153,16 @@ def augmentation(views: ViewsConfig, options: argparse.Namespace) -> dict[str, A
     batch, found = options.batch, {}
     index = torch.arange(batch)
     keys, augment = sample_keys(SEED, 0, index, Purpose.AUGMENT), Augment(AugmentConfig())
+
+    def both(large: torch.Tensor, small: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return augment(large, keys, "global"), augment(small, keys, "local")
+
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         large, small = (
             torch.randint(0, 256, (batch, number, size, size, 3), dtype=torch.uint8, device=device)
             for number, size in ((views.global_crops, views.global_size), (views.local_crops, views.local_size))
         )
-        work = {"all crops": lambda x=large, y=small: (augment(x, keys, "global"), augment(y, keys, "local"))}
+        work = {"all crops": partial(both, large, small)}
         (timing,) = alternate(work, torch.device(device), rounds=options.rounds, seconds=options.seconds).values()
         found[device] = {"milliseconds_a_batch": timing.median, "images_per_second": 1e3 * batch / timing.median}
     return found

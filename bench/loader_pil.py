@@ -27,13 +27,14 @@ class PilCrops(Dataset):
     def __init__(self, path: Path, views: ViewsConfig, augment: AugmentConfig | None) -> None:
         """augment: None for crops only."""
         self._path, self._count = path, len(open_beton(path))
+        strength = augment or AugmentConfig()  # of crops only nobody looks at it
         first, others, local = (
             _recipe(size, scale, views.aspect, augment, blur, solarize)
             for size, scale, blur, solarize in (
-                (views.global_size, views.global_scale, augment and augment.blur_first_global, 0.0),
-                (views.global_size, views.global_scale, augment and augment.blur_other_globals,
-                 augment and augment.solarize_other_globals),
-                (views.local_size, views.local_scale, augment and augment.blur_locals, 0.0),
+                (views.global_size, views.global_scale, strength.blur_first_global, 0.0),
+                (views.global_size, views.global_scale, strength.blur_other_globals,
+                 strength.solarize_other_globals),
+                (views.local_size, views.local_scale, strength.blur_locals, 0.0),
             )
         )  # fmt: skip
         self._recipes = [first, *[others] * (views.global_crops - 1), *[local] * views.local_crops]
@@ -56,8 +57,8 @@ def _recipe(
     scale: tuple[float, float],
     aspect: tuple[float, float],
     augment: AugmentConfig | None,
-    blur: float | None,
-    solarize: float | None,
+    blur: float,
+    solarize: float,
 ) -> v2.Compose:
     """torchvision's transforms of a PIL image, as DINO and the authors have them."""
     crop = v2.RandomResizedCrop(size, scale, aspect, interpolation=v2.InterpolationMode.BICUBIC)

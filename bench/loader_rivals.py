@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +81,7 @@ def ten_pipelines(path: Path, views: ViewsConfig, batch: int, cores: int) -> Bat
     def start() -> Iterator[Iterator[int]]:
         iterators = []
 
-        def batches() -> Iterator[int]:
+        def batches() -> Generator[int, None, None]:
             while True:
                 iterators.append(iter(loader))
                 for crops in iterators[-1]:
@@ -128,7 +128,7 @@ def _ours(make: Callable[[], Loader | WebdatasetLoader], augment: AugmentConfig 
     def start() -> Iterator[Iterator[int]]:
         with make() as loader:
 
-            def batches() -> Iterator[int]:
+            def batches() -> Generator[int, None, None]:
                 epoch = 0
                 while True:
                     for batch in loader.epoch(epoch):

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import random
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -59,9 +60,9 @@ def _case(
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return masked_attention(q, k, v, offsets, longest, causal=causal)
 
-    def exact(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Result:
-        doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
-        return gradients(reference(*doubles, offsets, causal=causal), *doubles, of=grad.double())
+    def exact(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
+        return gradients(reference(q, k, v, offsets, causal=causal), q, k, v, of=grad.double())
 
     makers = {"dense SDPA per group": _dense_groups}
     if device.type == "cuda":
@@ -90,7 +91,8 @@ class _Lazily:
     """An attention with tables that are made once, at the first call (and fail there, where failures are caught)."""
 
     def __init__(self, make: Callable[[], Attention]) -> None:
-        self._make, self._made = make, None
+        self._make = make
+        self._made: Attention | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Make, then attend."""
@@ -107,8 +109,8 @@ def _dense_groups(offsets: Tensor, longest: int, causal: bool, device: torch.dev
         groups = zip(*(x.split([c * n for c, n in sizes]) for x in (q, k, v)), strict=True)
         parts = []
         for size, group in zip(sizes, groups, strict=True):
-            batch = [x.unflatten(0, size).transpose(1, 2) for x in group]
-            parts.append(F.scaled_dot_product_attention(*batch, is_causal=causal).transpose(1, 2).flatten(0, 1))
+            q, k, v = (x.unflatten(0, size).transpose(1, 2) for x in group)
+            parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(0, 1))
         return torch.cat(parts)
 
     return attend
@@ -120,7 +122,8 @@ def _varlen(offsets: Tensor, longest: int, causal: bool, device: torch.device) -
     known = inspect.signature(varlen_attn).parameters  # torch 2.10 had is_causal, later ones a window
     options = {} if not causal else {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
     ends = offsets.to(device)
-    return lambda q, k, v: varlen_attn(q, k, v, ends, ends, longest, longest, **options)
+    # A tuple comes where more than the output is asked for.
+    return lambda q, k, v: cast(Tensor, varlen_attn(q, k, v, ends, ends, longest, longest, **options))
 
 
 def _xformers(offsets: Tensor, longest: int, causal: bool, device: torch.device) -> Attention:
@@ -143,7 +146,12 @@ def _flex(offsets: Tensor, longest: int, causal: bool, device: torch.device) -> 
 
     mask = create_block_mask(same_document, None, None, tokens, tokens, device=device, _compile=True)
     compiled = torch.compile(flex_attention)
-    return lambda q, k, v: compiled(*(x.transpose(0, 1)[None] for x in (q, k, v)), block_mask=mask)[0].transpose(0, 1)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return compiled(q, k, v, block_mask=mask)[0].transpose(0, 1)
+
+    return attend
 
 
 def _padded(offsets: Tensor, longest: int, causal: bool, device: torch.device) -> Attention:
@@ -153,13 +161,14 @@ def _padded(offsets: Tensor, longest: int, causal: bool, device: torch.device) -
     if causal:
         allowed = allowed & torch.ones(longest, longest, dtype=torch.bool).tril()
 
+    def pad(x: Tensor) -> Tensor:
+        padded = x.new_zeros(len(lengths), longest, *x.shape[1:])
+        padded[inside] = x
+        return padded.transpose(1, 2)
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch = []
-        for x in (q, k, v):
-            padded = x.new_zeros(len(lengths), longest, *x.shape[1:])
-            padded[inside] = x
-            batch.append(padded.transpose(1, 2))
-        return F.scaled_dot_product_attention(*batch, attn_mask=allowed).transpose(1, 2)[inside]
+        q, k, v = (pad(x) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2)[inside]
 
     return attend
 
@@ -168,10 +177,8 @@ def _loop(offsets: Tensor, longest: int, causal: bool, device: torch.device) -> 
     lengths = offsets.diff().tolist()
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        sequences = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-        return torch.cat([
-            F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in s), is_causal=causal)[0].transpose(0, 1)
-            for s in sequences
-        ])  # fmt: skip
+        sequences = zip(*(x.transpose(0, 1)[None].split(lengths, 2) for x in (q, k, v)), strict=True)
+        parts = [F.scaled_dot_product_attention(q, k, v, is_causal=causal)[0] for q, k, v in sequences]
+        return torch.cat([part.transpose(0, 1) for part in parts])
 
     return attend

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure_case(tower: str, micro: int, name: str, ranks: Ranks, options: argparse.Namespace) -> dict[str, Any]:
     """One case as plain data; bytes."""
     config, device = configured("step", tower, micro, options.precision, [*options.set, *SETTINGS[name]]), ranks.device
-    parts = predict(config, 1, device.type).parts
+    parts = predict(config, 1, "cuda" if device.type == "cuda" else "cpu").parts
     expected = sum(size for part, size in parts.items() if part not in ADDED)
     try:
         measured = two_steps(partial(Ours, config, made_samples(config), ranks), device)[-1]

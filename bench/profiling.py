@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +33,8 @@ def summarise(step: Callable[[], object], device: torch.device) -> dict[str, Any
 
 
 def _operators(profiler: profile) -> dict[str, Any]:
-    time, calls = Counter(), Counter()
+    time: defaultdict[str, float] = defaultdict(float)
+    calls: Counter[str] = Counter()
     for event in profiler.key_averages():
         time[event.key] += event.self_cpu_time_total / 1e3
         calls[event.key] += event.count
@@ -41,7 +42,9 @@ def _operators(profiler: profile) -> dict[str, Any]:
 
 
 def _kernels(profiler: profile) -> dict[str, Any]:
-    time, calls, spans = Counter(), Counter(), []
+    time: defaultdict[str, float] = defaultdict(float)
+    calls: Counter[str] = Counter()
+    spans = []
     for event in profiler.events():
         if event.device_type == DeviceType.CUDA:
             span = event.time_range
@@ -51,10 +54,11 @@ def _kernels(profiler: profile) -> dict[str, Any]:
     return _summary(time, calls) | {"gaps_ms": gaps(spans) / 1e3}
 
 
-def _summary(time: Counter, calls: Counter) -> dict[str, Any]:
+def _summary(time: dict[str, float], calls: dict[str, int]) -> dict[str, Any]:
     total = sum(time.values())
     products = sum(t for name, t in time.items() if any(p in name.lower() for p in PRODUCTS))
-    top = [{"name": n[:100], "milliseconds": t, "calls": calls[n]} for n, t in time.most_common(SHOWN)]
+    longest = sorted(time.items(), key=lambda item: item[1], reverse=True)[:SHOWN]
+    top = [{"name": n[:100], "milliseconds": t, "calls": calls[n]} for n, t in longest]
     return {"total_ms": total, "products_ms": products, "top": top}
 
 

@@ -40,7 +40,9 @@ def _case(rows: int, prototypes: int, dtype: torch.dtype, device: torch.device) 
     losses: dict[str, Callable[..., Tensor]] = {OURS: _ours, "eager": _eager}
     if device.type == "cuda":
         losses["torch.compile"] = torch.compile(_eager, dynamic=False)
-    rivals = {name: functools.partial(_forward_backward, loss) for name, loss in losses.items()}
+    rivals: dict[str, Callable[..., Result]] = {
+        name: functools.partial(_forward_backward, loss) for name, loss in losses.items()
+    }
     missing = {}
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
         rivals[LIGER] = _liger
@@ -84,11 +86,14 @@ def _liger(student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_wei
     return None, *gradients(loss(student, student_weight, features, weight, None), student, student_weight)[1:]
 
 
-def _exact(student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor, center: Tensor) -> Result:
+def _exact(
+    student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor, center: Tensor
+) -> tuple[Tensor, ...]:
     """In fp64, some rows at a time, gradients added up."""
     rows = max(1, 2**26 // len(student_weight))
     features, weight = (x.detach().double().requires_grad_() for x in (student, student_weight))
-    total, sums = torch.zeros((), dtype=torch.float64, device=student.device), None
+    total = torch.zeros((), dtype=torch.float64, device=student.device)
+    sums: list[Tensor] = []
     for start in range(0, len(student), rows):
         part = slice(start, start + rows)
         logits = features[part] @ weight.T / STUDENT_TEMPERATURE
@@ -96,5 +101,5 @@ def _exact(student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_wei
         loss = -(target * logits.log_softmax(1)).sum() / len(student)
         value, *found = gradients(loss, features, weight)
         total += value
-        sums = found if sums is None else [a.add_(b) for a, b in zip(sums, found, strict=True)]
+        sums = [a.add_(b) for a, b in zip(sums, found, strict=True)] if sums else found
     return total, *sums

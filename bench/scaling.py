@@ -123,7 +123,8 @@ def predictions(config: Path) -> dict[str, Any]:
 def growth(config: Path) -> list[dict[str, Any]]:
     """Samples/s on 1 to 64 GPUs of 80 GB, 96 samples on each in one pass: inside a node over NVLink, between nodes over
     either network. The passes are the same on every GPU: they are gone through once."""
-    inside, rows = rates_for(80 * GIB), []
+    inside = rates_for(80 * GIB)
+    rows: list[dict[str, Any]] = []
     chosen = load_config(config, [f"data.batch_size={GPU_BATCH}", "zero.stage=1"])
     passes = go_through(chosen, 1)
     for gpus in (1, 2, 4, 8, 16, 32, 64):

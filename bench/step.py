@@ -222,7 +222,7 @@ def time_all(
         return alternate(work, device, rounds=options.rounds, seconds=options.seconds), True
     except torch.OutOfMemoryError:
         work = {}
-    timed = {}
+    timed: dict[str, Timing] = {}
     for name, make in makers.items():
         release(device)
         timed |= alternate({name: make().step}, device, rounds=options.rounds, seconds=options.seconds)

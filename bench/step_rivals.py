@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,13 @@ from ..engine.distributed import Ranks
 from ..engine.ema import ShardedEma
 from ..engine.live_bytes import LiveBytes
 from ..engine.zero import Zero, scalars_at
+from ..harmony.objectives.contrastive import ContrastiveConfig
 from ..harmony.views import Views
 from .baseline import FourPass, Watch, unwatched
 from .counts import CLOCK
+
+if TYPE_CHECKING:
+    from open_clip.model import CLIP
 
 PARTS = ("data", "teacher", "student forward", "backward", "optimizer", "EMA")
 """What a step is made of; the rest, if any, is Python between them"""
@@ -50,7 +54,7 @@ def made_samples(config: RunConfig, seed: int = 0) -> RawBatch:
     (log-normal with the mean and the standard deviation of WORDS)."""
     g, v, text = torch.Generator().manual_seed(seed), config.views, config.model.text
     size = config.data.batch_size
-    crops = (
+    global_crops, local_crops = (
         torch.randint(0, 256, (size, count, side, side, 3), dtype=torch.uint8, generator=g)
         for count, side in ((v.global_crops, v.global_size), (v.local_crops, v.local_size))
     )
@@ -62,7 +66,7 @@ def made_samples(config: RunConfig, seed: int = 0) -> RawBatch:
     tokens = tokens.masked_fill(place >= lengths[:, None], 0)
     tokens[:, 0] = text.vocabulary - 2
     tokens.scatter_(1, lengths[:, None] - 1, text.vocabulary - 1)
-    return RawBatch(*crops, tokens, torch.arange(size))
+    return RawBatch(global_crops, local_crops, tokens, torch.arange(size))
 
 
 class Ours:
@@ -77,7 +81,7 @@ class Ours:
         self._zero = Zero(self.model, config, ranks)
         self._ema = ShardedEma(self._zero, self.model)
         self.model.train()
-        watched = {
+        watched: dict[str, list[tuple[object, str]]] = {
             "teacher": [(self.model, "teach")],
             "student forward": [(self.model, name) for name in ("losses", "embeddings", "compare")],
             "backward": [(self._zero, "backward")],
@@ -160,10 +164,9 @@ class OpenClip:
         plain = [p for n, p in named if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n or "logit_scale" in n]
         chosen = {id(p) for p in plain}
         c = config.optimizer
-        self._optimizer = torch.optim.AdamW(
-            [{"params": plain, "weight_decay": 0.0}, {"params": [p for _, p in named if id(p) not in chosen]}],
-            betas=c.betas, eps=c.eps,
-        )  # fmt: skip
+        others = [p for _, p in named if id(p) not in chosen]
+        groups: list[dict[str, Any]] = [{"params": plain, "weight_decay": 0.0}, {"params": others}]
+        self._optimizer = torch.optim.AdamW(groups, betas=c.betas, eps=c.eps)
 
     def step(self) -> dict[str, Tensor]:
         """One step."""
@@ -185,13 +188,14 @@ class OpenClip:
         return {"contrastive": loss.detach()}
 
 
-def open_clip_model(config: RunConfig) -> torch.nn.Module:
+def open_clip_model(config: RunConfig) -> CLIP:
     """open_clip's CLIP with a configuration's towers."""
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
     image, text, views = config.model.image, config.model.text, config.views
+    contrastive = cast(ContrastiveConfig, config.objectives.active()["contrastive"])
     return CLIP(
-        config.objectives.contrastive.embed_dim,
+        contrastive.embed_dim,
         CLIPVisionCfg(
             layers=image.depth, width=image.width, head_width=image.width // image.heads, mlp_ratio=image.mlp_ratio,
             patch_size=image.patch_size, image_size=views.global_size,

@@ -7,8 +7,8 @@ import gc
 import re
 import statistics
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +28,7 @@ class Timing(NamedTuple):
 
 
 def alternate(
-    rivals: dict[str, Work], device: torch.device, *, rounds: int = 15, seconds: float = 10.0
+    rivals: Mapping[str, Work], device: torch.device, *, rounds: int = 15, seconds: float = 10.0
 ) -> dict[str, Timing]:
     """Time every rival once a round, each round starting with another one, after two calls to warm up.
 
@@ -88,9 +88,9 @@ def peak_memory(work: Work, device: torch.device) -> float | None:
             0
         )  # what was freed before goes back to the system, or it would hide what is taken
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark (proc(5))
-        before = _resident("VmRSS")
+        resident = _resident("VmRSS")
         work()
-        return max(0.0, _resident("VmHWM") - before)
+        return max(0.0, _resident("VmHWM") - resident)
     except (OSError, AttributeError):
         return None
 
@@ -102,8 +102,9 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.seconds: Counter[str] = Counter()
-        self._device, self._open, self._since = device, [], 0.0
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._device, self._since = device, 0.0
+        self._open: list[str] = []
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
@@ -133,8 +134,11 @@ def product_rate(rows: int, width: int, dtype: torch.dtype, device: torch.device
 
 
 def _resident(field: str) -> float:
-    """A line of /proc/self/status in MiB."""
-    return int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024
+    """A line of /proc/self/status in MiB. Raises OSError where the system has no such line."""
+    found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None:
+        raise OSError(f"no {field} in /proc/self/status")
+    return int(found.group(1)) / 1024
 
 
 def _repeats(work: Work, device: torch.device) -> int:

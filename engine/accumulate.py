@@ -9,29 +9,53 @@ part of that gradient on. The gradient is the same, to rounding, in every mode a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from ..harmony.model import Harmony, StepOutput, Taught
-from ..harmony.objectives import Embeddings
+from ..harmony.objectives import Collectives, Embeddings
 from ..harmony.schedules import Clock
 from ..harmony.views import Views
-from .distributed import Ranks
-from .zero import Zero
 
+T = TypeVar("T")
 Gradients = dict[str, tuple[Tensor, ...]]
 """By objective, the gradient of its loss with respect to each of its embeddings"""
 
 
-def accumulate(zero: Zero, step: Sequence[Views], clock: Clock, ranks: Ranks, split: bool) -> StepOutput:
-    """Add up the gradient of one step. step: its micro-batches, of equal size. Returns the losses, detached."""
+class Runner(Protocol):
+    """What runs the model: `zero.Zero` says what each part means."""
+
+    model: Harmony
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor that backward passes multiply the loss with."""
+
+    def forward(self, call: Callable[[Harmony], T]) -> T:
+        """Run something with the model."""
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add a gradient; `last`: the step comes next."""
+
+
+class MicroBatches(Protocol):
+    """The micro-batches of a step, of equal size; each may be made when it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, k: int, /) -> Views: ...
+
+
+def accumulate(zero: Runner, step: MicroBatches, clock: Clock, ranks: Collectives, split: bool) -> StepOutput:
+    """Add up the gradient of one step. Returns the losses, detached."""
     count, model = len(step), zero.model
     passes = model.passes() if split else [list(model.objectives)]
     outputs: list[StepOutput] = []
     taught: list[Taught] = []
-    gradients: list[Gradients | None] = [None] * count
+    gradients: Sequence[Gradients | None] = [None] * count
     if count > 1 and any(o.compares_samples for o in model.objectives.values()):
         compared, taught, gradients = _compare(zero, step, clock, ranks)
         outputs.append(compared)
@@ -49,14 +73,14 @@ def accumulate(zero: Zero, step: Sequence[Views], clock: Clock, ranks: Ranks, sp
     return _report(model, outputs)
 
 
-def teach(zero: Zero, views: Views) -> Taught:
+def teach(zero: Runner, views: Views) -> Taught:
     """The teacher pass of one micro-batch."""
     return zero.forward(lambda m: m.teach(views))
 
 
 def _compare(
-    zero: Zero, step: Sequence[Views], clock: Clock, ranks: Ranks
-) -> tuple[StepOutput, list[Taught], list[Gradients | None]]:
+    zero: Runner, step: MicroBatches, clock: Clock, ranks: Collectives
+) -> tuple[StepOutput, list[Taught], list[Gradients]]:
     """The losses of objectives that compare samples, over all micro-batches; what each micro-batch must pass on."""
 
     def embed(views: Views) -> tuple[Taught, dict[str, Embeddings]]:
@@ -69,7 +93,12 @@ def _compare(
     zero.backward(output.loss, last=False)
     # Each micro-batch's loss is divided by their number, and the loss scale will be applied once more.
     factor = len(step) / zero.loss_scale
-    pulled = {n: tuple((e.grad * factor).chunk(len(step)) for e in w.student) for n, w in whole.items()}
+
+    def pull(embedding: Tensor) -> tuple[Tensor, ...]:
+        assert embedding.grad is not None
+        return (embedding.grad * factor).chunk(len(step))
+
+    pulled = {name: [pull(embedding) for embedding in w.student] for name, w in whole.items()}
     gradients = [{name: tuple(parts[k] for parts in p) for name, p in pulled.items()} for k in range(len(step))]
     return output, list(taught), gradients
 
@@ -83,7 +112,7 @@ def _joined(parts: list[Embeddings]) -> Embeddings:
 def _report(model: Harmony, outputs: list[StepOutput]) -> StepOutput:
     """Losses and metrics averaged over the passes that made them, and their weighted sum."""
     losses = _means([o.losses for o in outputs])
-    total = sum(model.objectives[name].config.weight * loss for name, loss in losses.items())
+    total = cast(Tensor, sum(model.objectives[name].config.weight * loss for name, loss in losses.items()))
     return StepOutput(total, losses, _means([o.metrics for o in outputs]))
 
 

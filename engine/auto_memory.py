@@ -22,7 +22,7 @@ from .distributed import Ranks
 from .errors import StartAgain, UserError
 from .host_memory import host_memory
 from .measure import is_out_of_memory, measure_rates
-from .memory import CONTEXT
+from .memory import CONTEXT, Device
 from .plan import Budget, Plan, Planner
 from .sizes import GIB, size_of
 
@@ -91,7 +91,8 @@ def settle(config: RunConfig, ranks: Ranks) -> Settled:
                 if ranks.device.type != "cuda":  # the host's memory is all there is
                     keep |= {"zero.offload_optimizer", "zero.offload_parameters"}
                 print("memory: going through the passes to find what fits", flush=True)
-                with Planner(base, ranks.world_size, rates, ranks.device.type, keep) as planner:
+                device: Device = "cuda" if ranks.device.type == "cuda" else "cpu"
+                with Planner(base, ranks.world_size, rates, device, keep) as planner:
                     plans = _with_less_and_less(planner, budget)
                 found = {"for": _key(config, ranks), "failed": 0}
                 found["plans"] = [{"overrides": plan.overrides, "tensors": plan.memory.tensors} for plan in plans]

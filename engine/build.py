@@ -15,13 +15,11 @@ from .errors import UserError
 def build_model(config: RunConfig) -> Harmony:
     """The model with the run's activation checkpointing and compilation."""
     model = Harmony(config)
-    every = {
-        ImageEncoder: config.activation_checkpointing.image, PixelDecoder: config.activation_checkpointing.image,
-        TextTransformer: config.activation_checkpointing.text,
-    }  # fmt: skip
     for module in model.modules():
-        if type(module) in every:
-            module.checkpoint_every = every[type(module)]
+        if isinstance(module, ImageEncoder | PixelDecoder):
+            module.checkpoint_every = config.activation_checkpointing.image
+        elif isinstance(module, TextTransformer):
+            module.checkpoint_every = config.activation_checkpointing.text
     if config.compile:
         compile_blocks(model)
     return model

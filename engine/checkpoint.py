@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +34,9 @@ from .ema import ShardedEma
 from .errors import UserError
 from .resharding import take_moments
 from .zero import Zero
+
+if TYPE_CHECKING:
+    from .snapshots import Writer
 
 WEIGHTS, PROGRESS = "weights.safetensors", "progress.json"
 PATIENCE = 600.0
@@ -117,7 +120,7 @@ class Checkpoints:
         ema.load(torch.load(file, map_location=ranks.device, weights_only=True))
         return progress
 
-    def _files(self, step: int, zero: Zero, ema: ShardedEma, state: dict[str, Any]) -> dict[Path, Callable]:
+    def _files(self, step: int, zero: Zero, ema: ShardedEma, state: dict[str, Any]) -> dict[Path, Writer]:
         """By path, what writes each file of this rank, from copies in host memory."""
         temporary = self.folder.temporary(step)
         files = zero.snapshot(temporary, {f"ema-rank-{self._ranks.rank}.pt": ema.shards})
@@ -131,7 +134,7 @@ class Checkpoints:
             files[temporary / PROGRESS] = lambda path: path.write_text(json.dumps(progress))
         return files
 
-    def _write(self, step: int, files: dict[Path, Callable], begun: float) -> None:
+    def _write(self, step: int, files: dict[Path, Writer], begun: float) -> None:
         """In a thread of its own: this rank's files; on the main rank then the checkpoint of all."""
         temporary = self.folder.temporary(step)
         self.problem = self._attempt(lambda: _write_all(files, temporary / f"part-{self._ranks.rank}.json"))
@@ -169,7 +172,7 @@ class Checkpoints:
             return reason
 
 
-def _write_all(files: dict[Path, Callable], part: Path) -> None:
+def _write_all(files: dict[Path, Writer], part: Path) -> None:
     """Write and sync the files, then their entries in the manifest."""
     entries = {}
     for path, write in files.items():

@@ -15,6 +15,7 @@ import json
 import shutil
 from collections.abc import Collection
 from pathlib import Path
+from typing import BinaryIO
 
 from .disk import sync_path, write_synced
 from .errors import UserError
@@ -73,7 +74,7 @@ class CheckpointFolder:
 
         Raises UserError if there are checkpoints and none is whole.
         """
-        problems = []
+        problems: list[str] = []
         for path in self._candidates():
             problem = damage(path, files)
             if problem is None:
@@ -126,7 +127,7 @@ def describe(path: Path) -> dict[str, int | str]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _digest(file) -> hashlib._Hash:  # Python 3.10
+def _digest(file: BinaryIO) -> hashlib._Hash:  # Python 3.10
     digest = hashlib.sha256()
     while piece := file.read(2**20):
         digest.update(piece)

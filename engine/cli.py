@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ import typer
 
 from .errors import StartAgain, UserError
 from .host_memory import keep_pages
+from .shipped import find_config
 
 app = typer.Typer(
     add_completion=False,
@@ -22,7 +24,31 @@ app = typer.Typer(
 )
 
 Run = Annotated[Path, typer.Argument(help="A run folder, as made by train.")]
+Configuration = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG",
+        help="A YAML file, or the name of a configuration that comes with the project: demo, cc3m, or a recipe such as "
+        "clip, siglip, mae, harmony. A file of that path wins.",
+    ),
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, e.g. data.batch_size=128.")]
+
+
+def print_version(wanted: bool) -> None:
+    """What --version does."""
+    if wanted:
+        print(f"harmony-fast {importlib.metadata.version('harmony-fast')}")
+        raise typer.Exit
+
+
+@app.callback()
+def before_commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options that stand before the command."""
 
 
 @app.command()
@@ -78,7 +104,7 @@ def prepare(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="A YAML file, e.g. configs/demo.yaml.")],
+    config: Configuration,
     overrides: Overrides = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Local processes.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="The same, where there are GPUs.")] = None,
@@ -111,7 +137,7 @@ def train(
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="A YAML file, e.g. configs/cc3m.yaml.")],
+    config: Configuration,
     overrides: Overrides = None,
     memory: Annotated[str, typer.Option(help="Memory of a card, e.g. 24GiB.")] = "24GiB",
     gpus: Annotated[int, typer.Option(min=1, help="How many cards.")] = 1,
@@ -205,7 +231,10 @@ def export(
 def sweep(
     words: Annotated[
         list[str],
-        typer.Argument(metavar="CONFIG... [KEY=VALUE]...", help="Recipes, and settings that all of them share."),
+        typer.Argument(
+            metavar="CONFIG... [KEY=VALUE]...",
+            help="Recipes, as files or by the names of the project's own, and settings that all of them share.",
+        ),
     ],
     data: Annotated[
         str, typer.Option(help="demo, a .beton file, or a configuration whose data, towers and schedule all share.")
@@ -218,9 +247,9 @@ def sweep(
     """Train recipes under the same budget; table and plot that compare them. Goes on where it was interrupted."""
     from .sweep import run
 
-    recipes, overrides = [Path(w) for w in words if "=" not in w], [w for w in words if "=" in w]
+    recipes, overrides = [find_config(w) for w in words if "=" not in w], [w for w in words if "=" in w]
     if not recipes:
-        raise UserError("name at least one recipe: sweep configs/recipes/*.yaml --data demo")
+        raise UserError("name at least one recipe: sweep clip siglip --data demo")
     run(recipes, overrides, data, steps, seeds, out, ranks)
 
 

@@ -26,6 +26,7 @@ from ..harmony.model import MethodConfig
 from .data_config import DataConfig
 from .errors import UserError
 from .evaluate_config import EvaluateConfig
+from .shipped import find_config
 from .sizes import size_of
 from .stopping import seconds_of
 
@@ -53,10 +54,13 @@ class OptimizerConfig(Config):
     warmup_epochs: NonNegativeFloat = 3
     """Epochs of linear warm-up from 0; may be a fraction."""
     weight_decay: NonNegativeFloat = 0.04
+    """At the start."""
     weight_decay_end: NonNegativeFloat = 0.4
     """Weight decay moves from the one to the other along a cosine."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    """Decay rates of AdamW's two moments."""
     eps: PositiveFloat = 1e-6
+    """Added to the root of AdamW's second moment."""
     states: Literal["fp32", "8bit"] = "fp32"
     """Precision of AdamW's moments; 8bit: bitsandbytes' block-wise quantised AdamW."""
     clip_grad: NonNegativeFloat = 3.0
@@ -66,6 +70,7 @@ class OptimizerConfig(Config):
     clip_only: list[str] = Field(default=[])
     """With `clip: parameter`: clip only parameters whose names begin with one of these; none: all."""
     ema_momentum: Fraction = 0.996
+    """At the start."""
     ema_momentum_end: Fraction = 1.0
     """Momentum of the EMA teacher moves from the one to the other along a cosine."""
 
@@ -112,6 +117,7 @@ class RunConfig(MethodConfig):
     run_dir: Path = Path("runs/default")
     """Folder of checkpoints, logs, metrics and the report."""
     seed: int = Field(0, ge=0)
+    """Of the initial weights and of every draw: order, crops, masks, augmentation, stochastic depth."""
     epochs: PositiveInt = 25
     """Length of all schedules."""
     max_steps: PositiveInt | None = None
@@ -234,10 +240,11 @@ class RunConfig(MethodConfig):
 def load_config(path: Path, overrides: list[str] = []) -> RunConfig:  # noqa: B006 - never changed
     """Read a YAML file, apply `a.b=value` overrides, check everything. Raises UserError with one line per problem.
 
-    The file may name another one to start from (`base: ../cc3m.yaml`, seen from its own folder): its keys replace the
-    base's one by one, null included, which switches an objective off.
+    path: or the name of one of the project's own. The file may name another one to start from (`base: ../cc3m.yaml`,
+    seen from its own folder, or `base: cc3m`): its keys replace the base's one by one, null included, which switches
+    an objective off.
     """
-    raw = _read_with_base(path)
+    raw = _read_with_base(find_config(path))
     for override in overrides:
         apply_override(raw, override)
     return parse_config(raw, str(path))
@@ -286,7 +293,7 @@ def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         return raw
     if not isinstance(base, str):
         raise UserError(f"{path}: 'base' must be the path of a configuration file (given: {base!r})")
-    return merged(_read_with_base(path.parent / base, (*above, path.resolve())), raw)
+    return merged(_read_with_base(find_config(base, path.parent), (*above, path.resolve())), raw)
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -240,16 +240,16 @@ def restore(run_dir: Path, out: Path, weights: dict[str, Tensor]) -> tuple[dict[
     name = out.name if out.name in record else next(iter(record))
     if len(record) > 1 and out.name not in record:
         raise UserError(f"{run_dir} was made of several files; call the output {' or '.join(record)}")
-    state = {}
+    state: dict[str, Tensor] = {}
     for theirs, entry in record[name]["keys"].items():
         dtype, original = getattr(torch, entry["dtype"]), kept.get(f"{name}/{theirs}")
         now = weights.get(entry["ours"])
-        if now is None and original is None:
-            raise UserError(f"{run_dir}: its checkpoint has no {entry['ours']}, which {name} needs")
-        if now is None or (original is not None and torch.equal(original.float().reshape(now.shape), now)):
-            state[theirs] = original  # rounded to fp32, and not trained since
-        else:
+        if now is not None and (original is None or not torch.equal(original.float().reshape(now.shape), now)):
             state[theirs] = now.to(dtype).reshape(entry["shape"])
+        elif original is not None:  # rounded to fp32, and not trained since
+            state[theirs] = original
+        else:
+            raise UserError(f"{run_dir}: its checkpoint has no {entry['ours']}, which {name} needs")
     used = {entry["ours"] for file in record.values() for entry in file["keys"].values()}
     missing = [n for n in weights if n not in used]
     return (_checkpoint(state, record[name]) if record[name]["whole"] else state), missing

@@ -10,11 +10,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from ..harmony.objectives import Collectives
 from .errors import StartAgain, UserError
@@ -35,7 +36,7 @@ class Ranks(Collectives):
         local = int(os.environ.get("LOCAL_RANK", 0))
         self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
         # Flags that decide what the host does next travel over gloo: they must not wait for the GPU's queue.
-        self._host = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        self._host = None if dist.get_backend() == "gloo" else cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
 
     @property
     def is_main(self) -> bool:
@@ -84,13 +85,13 @@ class _Gather(torch.autograd.Function):
     """all_gather whose gradient is summed over the ranks that used it and cut to this rank's rows."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
         total = gradient.contiguous()
         dist.all_reduce(total)
         return total.chunk(dist.get_world_size())[dist.get_rank()]
@@ -139,7 +140,9 @@ def _read_slurm() -> None:
 
 def first_host(hosts: str) -> str:
     """The first of SLURM's list of hosts: gpu[07-09,12],login -> gpu07."""
-    return "".join(re.match(r"([^,\[]*)(?:\[([^\],-]*)[^\]]*\])?([^,\[]*)", hosts).groups(""))
+    found = re.match(r"([^,\[]*)(?:\[([^\],-]*)[^\]]*\])?([^,\[]*)", hosts)
+    assert found is not None  # each part of the pattern may be empty
+    return "".join(found.groups(""))
 
 
 def launch(ranks: int, arguments: list[str]) -> None:

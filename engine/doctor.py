@@ -15,13 +15,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.text import Text
 
 from .doctor_kernels import Check, check_kernels
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
 
 OPTIONAL = {
     "xformers": "only for kernels.attention=xformers: pip install 'harmony-fast[gpu]'",
@@ -96,7 +99,8 @@ def _processor() -> Iterator[Finding]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    fields = dict(map(str.strip, line.partition(":")[::2]) for line in lines if ":" in line)
+    pairs = (line.partition(":") for line in lines if ":" in line)
+    fields = {name.strip(): value.strip() for name, _, value in pairs}
     flags = fields.get("flags", fields.get("Features", "")).split()
     known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_fp16", "asimd") if flag in flags]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -154,7 +158,7 @@ def _top_modules() -> dict[str, list[str]]:
     return brought
 
 
-def _package(name: str, wanted: object, modules: list[str]) -> Finding:
+def _package(name: str, wanted: SpecifierSet | None, modules: list[str]) -> Finding:
     cure = f"pip install '{name}{wanted or ''}'"
     try:
         version = importlib.metadata.version(name)

@@ -83,11 +83,12 @@ def _contrastive(draw: Callable[..., Tensor]) -> list[tuple[Tensor, Tensor]]:
 
     def definition(a: Tensor, b: Tensor) -> Tensor:
         targets = 0.6 * torch.eye(70, dtype=a.dtype, device=a.device)
-        terms = 0.0
-        for x, y, t, u in ((a, b, *teacher), (b, a, *teacher[::-1])):
+
+        def half(x: Tensor, y: Tensor, t: Tensor, u: Tensor) -> Tensor:
             soft = (t.double() @ u.double().T / 0.1).softmax(1)
-            terms = terms - ((targets + 0.4 * soft) * (10 * x @ y.T).log_softmax(1)).sum(1).mean() / 2
-        return terms
+            return -((targets + 0.4 * soft) * (10 * x @ y.T).log_softmax(1)).sum(1).mean() / 2
+
+        return half(a, b, *teacher) + half(b, a, *teacher[::-1])
 
     return _differentiate(
         lambda a, b: contrastive_loss(a, b, 10.0, teacher_image=teacher[0], teacher_text=teacher[1], hard_weight=0.6),
@@ -98,11 +99,17 @@ def _contrastive(draw: Callable[..., Tensor]) -> list[tuple[Tensor, Tensor]]:
 def _prototype_ce(draw: Callable[..., Tensor]) -> list[tuple[Tensor, Tensor]]:
     student, teacher = (F.normalize(x, dim=1) for x in draw(2, 90, 64))
     weight, teacher_weight = (F.normalize(x, dim=1) for x in draw(2, 600, 64))
-    rest = (teacher, teacher_weight, 0.1 * draw(600).float())
-    return _differentiate(
-        lambda s, w: prototype_cross_entropy(s, w, *rest, student_temperature=0.1, teacher_temperature=0.05),
-        lambda s, w: prototype_reference(s, w, *(x.double() for x in rest), 0.1, 0.05), student, weight,
-    )  # fmt: skip
+    center = 0.1 * draw(600).float()
+
+    def kernel(s: Tensor, w: Tensor) -> Tensor:
+        return prototype_cross_entropy(
+            s, w, teacher, teacher_weight, center, student_temperature=0.1, teacher_temperature=0.05
+        )
+
+    def definition(s: Tensor, w: Tensor) -> Tensor:
+        return prototype_reference(s, w, teacher.double(), teacher_weight.double(), center.double(), 0.1, 0.05)
+
+    return _differentiate(kernel, definition, student, weight)
 
 
 def _ema(draw: Callable[..., Tensor]) -> list[tuple[Tensor, Tensor]]:

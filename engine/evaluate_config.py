@@ -18,8 +18,11 @@ class LinearConfig(Config):
     learning_rates: list[PositiveFloat] = Field([1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0], min_length=1)
     """Per 256 samples of a batch. The best on a held-out tenth of the labelled samples is evaluated."""
     epochs: PositiveInt = 50
+    """Passes over the labelled samples."""
     batch_size: PositiveInt = 1024
+    """Samples of a step."""
     weight_decay: NonNegativeFloat = 0.0
+    """Of SGD."""
     blocks: PositiveInt = 1
     """Class tokens of so many last blocks, side by side, each after the final norm (DINO: 4 for ViT-S, 1 for ViT-B)."""
     average_patches: bool = False
@@ -41,13 +44,17 @@ class FinetuneConfig(Config):
     """Training the whole image tower with a classifier on top (recipe of MAE and BEiT, on timm's parts)."""
 
     epochs: PositiveInt = 100
+    """Passes over the labelled samples."""
     warmup_epochs: NonNegativeFloat = 5
+    """Epochs of linear warm-up from 0."""
     batch_size: PositiveInt = 256
+    """Samples of a step."""
     lr: PositiveFloat = 5e-4
     """Peak learning rate of the classifier per 256 samples of a batch."""
     layer_decay: Fraction = 0.65
     """Each block learns so many times as fast as the one above it."""
     weight_decay: NonNegativeFloat = 0.05
+    """Of AdamW."""
     drop_path: float = Field(0.1, ge=0, lt=1)
     """Stochastic depth of the last block."""
     mixup: NonNegativeFloat = 0.8
@@ -68,10 +75,13 @@ class SegmentationConfig(Config):
     size: PositiveInt | None = None
     """Shorter side of images and side of crops, pixels, a multiple of the patch size; null: the run's global crops."""
     epochs: PositiveInt = 20
+    """Passes over the labelled images."""
     batch_size: PositiveInt = 16
+    """Crops of a step."""
     lr: PositiveFloat = 1e-3
     """Peak learning rate of AdamW."""
     weight_decay: NonNegativeFloat = 1e-4
+    """Of AdamW."""
     reduce_zero_label: bool | None = None
     """Mask value 0 is background that does not count, and values from 1 on are the classes (ADE20K); null: only where
     ADE20K's objectInfo150.txt lies in the folder."""

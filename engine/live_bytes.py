@@ -93,7 +93,7 @@ class LiveBytes(TorchDispatchMode):
     def _add(self, storage: torch.UntypedStorage, label: str, size: float) -> None:
         key = storage._cdata
         self._alive[key] = weakref.ref(storage, lambda _: self._freed(key)), label, size
-        self.now[label] += size
+        self.now[label] += size  # type: ignore[assignment]  # Counter takes any number, its stubs only whole ones
         self.written += size
         self.most[label] = max(self.most[label], self.now[label])
         if (total := self.now.total()) > self.peak:
@@ -101,9 +101,10 @@ class LiveBytes(TorchDispatchMode):
 
     def _freed(self, key: int) -> None:
         _, label, size = self._alive.pop(key)
-        self.now[label] -= size
+        self.now[label] -= size  # type: ignore[assignment]  # as in _add
 
     def _accumulated(self, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
         storage = parameter.grad.untyped_storage()
         known = self._alive.get(storage._cdata)
         if known is None or known[1] != GRADIENTS:

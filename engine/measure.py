@@ -82,22 +82,22 @@ def measure_steps(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
 
 def _steps(config: RunConfig, ranks: Ranks) -> dict[str, float]:
     on_gpu = ranks.device.type == "cuda"
-    live, clock = nullcontext() if on_gpu else LiveBytes("cpu"), Clock(0, 10, config.epochs)
+    live, clock = None if on_gpu else LiveBytes("cpu"), Clock(0, 10, config.epochs)
     torch.manual_seed(0)
-    with live:
+    with live or nullcontext():
         model = build_model(config).to(ranks.device)
         zero = Zero(model, config, ranks)
         ema = ShardedEma(zero, model)
         model.train()
         noise_step(config, zero, ema, clock, ranks)
         gc.collect()
-        if on_gpu:
+        if live is None:
             torch.cuda.reset_peak_memory_stats(ranks.device)
         else:
             live.peak = 0.0
         noise_step(config, zero, ema, clock, ranks)
     seconds = _seconds(lambda: noise_step(config, zero, ema, clock, ranks), ranks.device)
-    if not on_gpu:
+    if live is not None:
         return {"tensors": live.peak, "seconds": seconds}
     free, total = torch.cuda.mem_get_info(ranks.device)
     return {
@@ -110,10 +110,12 @@ def _steps(config: RunConfig, ranks: Ranks) -> dict[str, float]:
 def noise_step(config: RunConfig, zero: Zero, ema: ShardedEma, clock: Clock, ranks: Ranks) -> None:
     """One optimizer step on noise in the shapes of the samples that a prediction imagines."""
     imagined = imagined_samples(config, ranks.world_size)
-    crops = (torch.randint(0, 256, c.shape, dtype=torch.uint8) for c in (imagined.global_crops, imagined.local_crops))
-    batch = RawBatch(*crops, imagined.tokens, imagined.index)
+    global_crops, local_crops = (
+        torch.randint(0, 256, c.shape, dtype=torch.uint8) for c in (imagined.global_crops, imagined.local_crops)
+    )
+    batch = RawBatch(global_crops, local_crops, imagined.tokens, imagined.index)
     views = StepViews(config, batch, clock, ranks.device, count_micro_batches(config, ranks))
-    del batch, crops
+    del batch, global_crops, local_crops
     step(config, zero, ema, views, clock, ranks)
 
 

@@ -149,7 +149,7 @@ def go_through(config: RunConfig, ranks: int, device: Device = "cuda") -> Passes
         views = _ImaginedViews(config, samples, parts, live)
         accumulate(zero, views, clock, imagined, config.pass_mode == "split")
     buffers = sum(b.nbytes for b in model.buffers())
-    peak = {label: size for label, size in live.at_peak.items() if size}
+    peak: dict[str, float] = {label: size for label, size in live.at_peak.items() if size}
     raw = samples.global_crops.nbytes + samples.local_crops.nbytes
     if device == "cuda":
         # Made on a stream of their own, whose memory is no one else's, from raw crops and with a copy for the colour
@@ -177,11 +177,11 @@ def imagined_samples(config: RunConfig, ranks: int) -> RawBatch:
     tokens = torch.zeros(own, text.context, dtype=torch.int64)
     tokens[:, : min(CAPTION_TOKENS, text.context)] = 1
     tokens[:, min(CAPTION_TOKENS, text.context) - 1] = text.vocabulary - 1
-    crops = (
+    global_crops, local_crops = (
         torch.empty(own, count, side, side, 3, dtype=torch.uint8, device="meta")
         for count, side in ((v.global_crops, v.global_size), (v.local_crops, v.local_size))
     )
-    return RawBatch(*crops, tokens, torch.arange(own))
+    return RawBatch(global_crops, local_crops, tokens, torch.arange(own))
 
 
 class _Ranks(Collectives):
@@ -228,9 +228,9 @@ class _ImaginedViews:
     def __getitem__(self, k: int) -> Views:
         v = self._config.views
         with self._live.label(VIEWS):
-            crops = (
+            global_crops, local_crops = (
                 torch.empty(count, self._size, 3, side, side, device="meta")
                 for count, side in ((v.global_crops, v.global_size), (v.local_crops, v.local_size))
             )
             masks = self._masks.micro_batch(slice(k * self._size, (k + 1) * self._size))
-            return assemble(*crops, masks).to(torch.device("meta"))
+            return assemble(global_crops, local_crops, masks).to(torch.device("meta"))

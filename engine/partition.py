@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -191,7 +191,7 @@ class Scattered(Partition):
 
     def __init__(self, engine: Any, optimizer: Any, groups: list[dict[str, Any]], ranks: Ranks) -> None:
         super().__init__(engine, optimizer, groups, ranks)
-        self._kept_whole: list[nn.Parameter] = []
+        self._kept_whole: list[_CutParameter] = []
 
     def shards(self) -> list[Shard]:
         """One per group, or more where DeepSpeed cuts a group (`sub_group_size`)."""
@@ -212,12 +212,12 @@ class Scattered(Partition):
 
     def parts(self, shard: Shard) -> list[Tensor]:
         """The parameters' parts in their order."""
-        return list(shard.master.split([p.ds_tensor.ds_numel for p in shard.parameters]))
+        return list(shard.master.split([p.ds_tensor.ds_numel for p in _as_cut(shard.parameters)]))
 
     def whole(self, flat: Tensor, shard: Shard) -> list[Tensor]:
         """All ranks' parts of each parameter, joined."""
         everything, named, place = _gathered(flat, self.ranks).cpu(), [], 0
-        for parameter in shard.parameters:
+        for parameter in _as_cut(shard.parameters):
             part = parameter.ds_tensor.ds_numel
             full = everything[:, place : place + part].flatten()[: parameter.ds_numel]
             named.append(full.view(parameter.ds_shape))
@@ -226,14 +226,15 @@ class Scattered(Partition):
 
     def adopt(self, targets: list[nn.Parameter], shard: Shard, dtype: torch.dtype) -> Tensor:
         """The teacher's own partitioned parts become views of one flat buffer."""
-        flat = torch.zeros(sum(t.ds_tensor.numel() for t in targets), dtype=dtype, device=targets[0].ds_tensor.device)
+        cut = _as_cut(targets)
+        flat = torch.zeros(sum(t.ds_tensor.numel() for t in cut), dtype=dtype, device=cut[0].ds_tensor.device)
         place = 0
-        for target in targets:
+        for target in cut:
             part = flat[place : place + target.ds_tensor.numel()]
             part.copy_(target.ds_tensor.data)
             target.ds_tensor.data = part
             place += part.numel()
-        self._kept_whole += [target for target in targets if target.ds_persist]
+        self._kept_whole += [target for target in cut if target.ds_persist]
         return flat
 
     def refresh(self) -> None:
@@ -241,6 +242,30 @@ class Scattered(Partition):
         if self._kept_whole:
             self._kept_whole[0].partition(self._kept_whole)
             self._kept_whole[0].all_gather(self._kept_whole)
+
+
+if TYPE_CHECKING:  # what DeepSpeed hangs on parameters; nothing is of these classes
+
+    class _Part(Tensor):
+        ds_numel: int
+
+    class _CutParameter(nn.Parameter):
+        """A parameter in stage 3."""
+
+        ds_tensor: _Part
+        """This rank's"""
+        ds_numel: int
+        ds_shape: torch.Size
+        ds_persist: bool
+        """Whether it is small, and kept whole"""
+
+        def partition(self, parameters: list[_CutParameter]) -> None: ...
+
+        def all_gather(self, parameters: list[_CutParameter]) -> None: ...
+
+
+def _as_cut(parameters: list[nn.Parameter]) -> list[_CutParameter]:
+    return cast("list[_CutParameter]", parameters)
 
 
 def _gathered(flat: Tensor, ranks: Ranks) -> Tensor:

@@ -18,6 +18,7 @@ from rich.text import Text
 from .config import load_config, with_overrides
 from .host_memory import host_memory as total_host_memory
 from .measure import ask
+from .memory import Device
 from .plan import Budget, Plan, Planner
 from .rates import Rates, rates_for
 from .sizes import GIB, size_of
@@ -40,9 +41,8 @@ def run(
     config = load_config(path, overrides)
     host = size_of(host_memory, "--host-memory") if host_memory else total_host_memory()
     budget = Budget(size_of(memory, "--memory"), host / gpus)
-    rates, device = rates_for(budget.device), "cuda"
-    if measure:
-        rates, device = Rates(**ask(gpus)), "cuda" if torch.cuda.is_available() else "cpu"
+    rates = Rates(**ask(gpus)) if measure else rates_for(budget.device)
+    device: Device = "cpu" if measure and not torch.cuda.is_available() else "cuda"
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("going through the passes", total=None)
         report = partial(_advance, progress, task)

@@ -48,7 +48,7 @@ def take_moments(checkpoint: Path, stage: int, steps: dict[str, int], zero: Zero
     with _universal(checkpoint, ranks) if stage else contextlib.nullcontext(_replica(checkpoint, zero)) as read:
         for shard in zero.partition.shards():
             names = [zero.names[id(parameter)] for parameter in shard.parameters]
-            state = {}
+            state: dict[str, Tensor | int] = {}
             for moment in MOMENTS:
                 whole = [read(name, moment).view(zero.shapes[name]) for name in names]
                 state[moment] = zero.partition.cut(whole, shard).to(shard.master)

@@ -12,8 +12,9 @@ from .cli import ensure_data
 from .config import RunConfig, load_config, merged, parse_config, read_yaml
 from .data.beton_set import BetonSet
 from .errors import UserError
+from .shipped import CONFIGS, find_config, nearest_configs, shipped_configs
 
-DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
+DEMO = CONFIGS / "demo.yaml"
 OBJECTIVE_SIZES = frozenset(
     {"prototypes", "patch_prototypes", "hidden", "bottleneck", "layers", "embed_dim", "width", "depth", "heads"}
 )
@@ -58,20 +59,18 @@ class Budget:
 def settle_budget(data: str, overrides: list[str], steps: int | None) -> Budget:
     """The shared configuration, with its training file made where it can be.
 
-    data: `demo`, a `.beton` file (with the demo's towers and settings), or a configuration file. steps: None takes the
-    configuration's own length. Raises UserError.
+    data: `demo` or another of the project's own configurations, a configuration file, or a `.beton` file (with the
+    demo's towers and settings). steps: None takes the configuration's own length. Raises UserError.
     """
-    path = Path(data)
-    if data.endswith((".yaml", ".yml")):
-        config = load_config(path, overrides)
-    elif data.endswith(".beton"):
-        context = BetonSet([path]).context
+    if data.endswith(".beton"):
+        context = BetonSet([Path(data)]).context
         own = [f"data.train={data}", "data.prepare_from=[]", f"model.text.context={context}"]
         config = load_config(DEMO, [*own, "evaluate.data=[]", "evaluate.bank=[]", *overrides])
-    elif data == "demo":
-        config = load_config(DEMO, overrides)
+    elif data.endswith((".yaml", ".yml")) or data in shipped_configs():
+        config = load_config(Path(data), overrides)
     else:
-        raise UserError(f"--data {data}: give demo, a .beton file, or a configuration (.yaml) that all recipes share")
+        meant = "give demo, a .beton file, or a configuration (.yaml, or its name) that all recipes share"
+        raise UserError(f"--data {data}: {meant}; {nearest_configs(data)}")
     ensure_data(config)
     samples = count_samples(config)
     if samples < config.data.batch_size:
@@ -126,7 +125,7 @@ def recipe_keys(path: Path) -> Raw:
     base = raw.pop("base", None)
     if base is None:
         return raw
-    above = path.parent / base
+    above = find_config(base, path.parent)
     return merged(recipe_keys(above) if "base" in read_yaml(above) else {}, raw)
 
 

@@ -73,6 +73,8 @@ def run(settled: Settled, ranks: Ranks, stop: StopRequest) -> None:
         progress = checkpoints.load(saved, zero, ema) if saved else {"step": 0}
         done, total = progress["step"], config.epochs * loader.steps_per_epoch
         last = min(total, config.max_steps or total)
+        if done < last and ranks.is_main:  # a run that goes on with more steps is not finished any more
+            (config.run_dir / FINISHED).unlink(missing_ok=True)
         log = Log(config.run_dir, last, done, ranks.is_main)
         log.say(f"resumed at step {done} of {last}" if saved else describe(config, model, loader, ranks))
         greet(log, settled, damaged)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from .distributed import Ranks
 from .errors import UserError
 from .half_on_cpu import products_for
 from .partition import PARTITIONS
+
+if TYPE_CHECKING:
+    from .snapshots import Writer
 
 T = TypeVar("T")
 
@@ -231,7 +234,7 @@ class Zero:
                 place.data.clamp_(max=bound)
         return self.engine.was_step_applied()
 
-    def snapshot(self, folder: Path, beside: dict[str, Any]) -> dict[Path, Callable[[Path], None]]:
+    def snapshot(self, folder: Path, beside: dict[str, Any]) -> dict[Path, Writer]:
         """DeepSpeed's checkpoint and more contents by file name, copied to host memory: what writes each file of this
         rank, by path. All ranks must call."""
         return self._snapshots.take(self.engine, folder, beside)

@@ -47,10 +47,10 @@ class ProjectionHead(nn.Module):
         sizes = [width] + [hidden] * (layers - 1) + [bottleneck]
         modules: list[nn.Module] = []
         for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
-            modules += [nn.GELU()] if i else []
-            modules += [nn.Linear(fan_in, fan_out)]
-            nn.init.trunc_normal_(modules[-1].weight, std=0.02)
-            nn.init.zeros_(modules[-1].bias)
+            linear = nn.Linear(fan_in, fan_out)
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+            modules += [nn.GELU(), linear] if i else [linear]
         self.mlp = nn.Sequential(*modules)
         self.last_layer = Prototypes(bottleneck, prototypes)
         self.last_layer2 = Prototypes(bottleneck, patch_prototypes) if patch_prototypes else None
@@ -70,6 +70,8 @@ class ProjectionHead(nn.Module):
 
 class PixelDecoder(nn.Module):
     """The light transformer of MAE (He et al. 2022): visible tokens and mask tokens in, normalised pixels out."""
+
+    pos_embed: Tensor
 
     def __init__(self, encoder_width: int, patches: int, patch_size: int, width: int, depth: int, heads: int) -> None:
         super().__init__()

@@ -35,9 +35,13 @@ class ImageConfig(Config):
     name: str | None = None
     """ViT-Ti/16, ViT-S/16, ViT-B/16, ViT-L/16 (any patch size after the slash), or nothing for free sizes."""
     width: PositiveInt = 768
+    """Width D of a token."""
     depth: PositiveInt = 12
+    """Transformer blocks."""
     heads: PositiveInt = 12
+    """Attention heads; must divide the width."""
     mlp_ratio: float = Field(4.0, gt=0)
+    """Width of the MLPs' hidden layer, in widths."""
     patch_size: PositiveInt = 16
     """Side of a patch, pixels."""
     init: Literal["normal", "xavier"] = "normal"
@@ -66,7 +70,7 @@ class ImageConfig(Config):
 class Wanted(NamedTuple):
     """The tokens that are read after the last block."""
 
-    index: Tensor
+    places: Tensor
     """int64 [R]: their packed places"""
     scale: Tensor | None
     """[R, 1]: what the block's second branch is multiplied with (stochastic depth)"""
@@ -126,14 +130,13 @@ class Block(nn.Module):
         x = add_branch(x, lambda part, of: self.attn(self.norm1(part), of), layout, kept[0])
         return add_branch(x, lambda part, _: self.mlp(self.norm2(part)), layout, kept[1])
 
-
     def _finish(self, x: Tensor, layout: Layout, kept: BranchesKept, wanted: Wanted) -> Tensor:
         """The last block: every token is a key, and those that are wanted go on."""
         if kept[0] is None:
-            x = x.index_select(0, wanted.index) + self.attn(self.norm1(x), layout, wanted.index)
+            x = x.index_select(0, wanted.places) + self.attn(self.norm1(x), layout, wanted.places)
         else:
             x = add_branch(x, lambda part, of: self.attn(self.norm1(part), of), layout, kept[0])
-            x = x.index_select(0, wanted.index)
+            x = x.index_select(0, wanted.places)
         branch = self.mlp(self.norm2(x))
         return x + (branch if wanted.scale is None else branch * wanted.scale)
 
@@ -142,7 +145,7 @@ def _scale_of(kept: Kept | None, tokens: Tensor, wanted: Tensor) -> Tensor | Non
     """What a branch is multiplied with at wanted places, 0 where stochastic depth drops it: [R, 1]."""
     if kept is None:
         return None
-    scale = tokens.new_zeros(len(tokens), 1).index_fill_(0, kept.index, kept.scale)
+    scale = tokens.new_zeros(len(tokens), 1).index_fill_(0, kept.places, kept.scale)
     return scale.index_select(0, wanted)
 
 
@@ -241,9 +244,7 @@ class ImageEncoder(nn.Module):
             tokens = run_block(block, i, self.checkpoint_every, tokens, layout, *arguments)
         return self.norm(tokens)
 
-    def _wanted(
-        self, views: Views, names: list[View], groups: list[Tensor], reads: dict[View, Reads]
-    ) -> Tensor | None:
+    def _wanted(self, views: Views, names: list[View], groups: list[Tensor], reads: dict[View, Reads]) -> Tensor | None:
         """Packed places of the tokens that are read: int64 [R]; None: all. groups: the views' sequences [n, L, D]."""
         read = [reads.get(view, Reads.ALL) for view in names]
         if all(r is Reads.ALL for r in read):
@@ -281,6 +282,7 @@ class ImageEncoder(nn.Module):
 
     def project(self, class_token: Tensor) -> Tensor:
         """To the joint space, not normalised: [..., D] -> [..., E]."""
+        assert self.contrastive_projection is not None  # built with an embed_dim
         return class_token @ self.contrastive_projection
 
     def embed(self, images: Tensor) -> Tensor:
@@ -294,6 +296,7 @@ class ImageEncoder(nn.Module):
             return self._with_class(self.embed(crops) + self._positions(crops.shape[-1] // self.config.patch_size))
         tokens = embedded[:count]
         if view is View.GLOBAL_MASKED:
+            assert self.masked_embed is not None  # built with masked=True
             mask = views.block_mask[:count, :, :, None]
             tokens = torch.where(mask, self.masked_embed.to(tokens.dtype), tokens)
         tokens = tokens + self._positions(views.global_crops.shape[-1] // self.config.patch_size)

@@ -6,8 +6,8 @@ parameter of that name. What no objective asks for is not built.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, ItemsView, Mapping, Sequence, ValuesView
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from pydantic import create_model, model_validator
@@ -40,9 +40,12 @@ class _Objectives(Config):
 
 
 # One optional key per registered objective, so that a new file in objectives/ is all that a new objective needs.
-ObjectivesConfig = create_model(
-    "ObjectivesConfig", __base__=_Objectives, **{name: (cls.Config | None, None) for name, cls in REGISTRY.items()}
-)
+if TYPE_CHECKING:  # the keys are known at run time alone
+    ObjectivesConfig = _Objectives
+else:
+    ObjectivesConfig = create_model(
+        "ObjectivesConfig", __base__=_Objectives, **{name: (cls.Config | None, None) for name, cls in REGISTRY.items()}
+    )
 
 
 class MethodConfig(Config):
@@ -83,14 +86,31 @@ class Branch(nn.Module):
 
     def encode(self, views: Views, request: Request, reads: dict[View, Reads] | None = None) -> tuple[dict, dict]:
         """One pass of each tower over the union of requested views. reads: see `ImageEncoder.forward`."""
-        images = self.image(views, request, reads or {}) if any(v.is_image for v in request) else {}
-        captions = {} if all(v.is_image for v in request) else self.text(views, request, self.whole_captions)
+        images, captions = {}, {}
+        if any(v.is_image for v in request):
+            assert self.image is not None  # built for what the objectives ask for
+            images = self.image(views, request, reads or {})
+        if not all(v.is_image for v in request):
+            assert self.text is not None
+            captions = self.text(views, request, self.whole_captions)
         return images, captions
 
     def features(self, encoded: tuple[dict, dict], name: str) -> Features:
         """What objective `name` gets to see."""
         head = self.heads[name] if name in self.heads else None  # noqa: SIM401 - ModuleDict has no get
         return Features(*encoded, self.image, self.text, head)
+
+
+class Objectives(nn.ModuleDict):
+    """The objectives that are on, by name: a `ModuleDict` whose types say what it holds."""
+
+    if TYPE_CHECKING:
+
+        def __getitem__(self, key: str) -> Objective: ...
+
+        def items(self) -> ItemsView[str, Objective]: ...  # noqa: D102
+
+        def values(self) -> ValuesView[Objective]: ...  # noqa: D102
 
 
 class StepOutput(NamedTuple):
@@ -122,7 +142,8 @@ class Harmony(nn.Module):
         image, text = config.model.image, config.model.text
         around = Surroundings(image.width, image.patch_size, text.width, text.heads, text.vocabulary, config.views)
         self.config = config
-        self.objectives = nn.ModuleDict({n: REGISTRY[n](c, around) for n, c in config.objectives.active().items()})
+        registered: Mapping[str, Callable[..., Objective]] = REGISTRY  # what is registered takes surroundings as well
+        self.objectives = Objectives({n: registered[n](c, around) for n, c in config.objectives.active().items()})
         objectives = dict(self.objectives.items())
         self.student_views = union([o.student_views for o in objectives.values()])
         self.teacher_views = union([o.teacher_views for o in objectives.values()])
@@ -160,7 +181,8 @@ class Harmony(nn.Module):
         """
         objectives = {name: self.objectives[name] for name in names or self.objectives}
         learned = self._learn(views, list(objectives.values()))
-        outcomes, total = {}, 0.0
+        outcomes: dict[str, Outcome] = {}
+        total: Tensor | float = 0.0
         for name, objective in objectives.items():
             student, teacher = self.student.features(learned, name), self.teacher.features(taught, name)
             if gradients and name in gradients:
@@ -196,7 +218,8 @@ class Harmony(nn.Module):
         for name, outcome in outcomes.items():
             total = total + self.objectives[name].config.weight * outcome.loss
             metrics.update({f"{name}/{key}": value for key, value in outcome.metrics.items()})
-        return StepOutput(total, {name: outcome.loss.detach() for name, outcome in outcomes.items()}, metrics)
+        losses = {name: outcome.loss.detach() for name, outcome in outcomes.items()}
+        return StepOutput(torch.as_tensor(total), losses, metrics)
 
     def passes(self) -> list[list[str]]:
         """The smallest groups of objectives that share no student view: each can have a pass of its own."""

@@ -18,7 +18,7 @@ from .randomness import uniform
 class Kept(NamedTuple):
     """The sequences that a residual branch is computed for."""
 
-    index: Tensor
+    places: Tensor
     """int64 [T']: packed places of their tokens"""
     layout: Layout
     """Of those tokens by themselves"""
@@ -38,15 +38,15 @@ def draw_kept(keys: Tensor, layout: Layout, rate: float, depth: int, device: tor
     """
     u = uniform(keys, 2 * depth).unflatten(-1, (depth, 2))
     rates = [rate * i / max(depth - 1, 1) for i in range(depth)]
-    return [
-        tuple(_kept(u[:, i, j] >= r, layout, r, device) if r else None for j in (0, 1)) for i, r in enumerate(rates)
-    ]
+    return [(_kept(u[:, i, 0], layout, r, device), _kept(u[:, i, 1], layout, r, device)) for i, r in enumerate(rates)]
 
 
-def _kept(chosen: Tensor, layout: Layout, rate: float, device: torch.device) -> Kept:
-    """chosen: bool [S]. If there is none, the first sequence is computed and multiplied with 0, so that the branch's
-    parameters have a gradient in every step."""
-    rows = chosen.nonzero().squeeze(1)
+def _kept(u: Tensor, layout: Layout, rate: float, device: torch.device) -> Kept | None:
+    """u: uniform draws [S]. If no sequence is kept, the first one is computed and multiplied with 0, so that the
+    branch's parameters have a gradient in every step."""
+    if not rate:
+        return None
+    rows = (u >= rate).nonzero().squeeze(1)
     scale = 1 / (1 - rate) if len(rows) else 0.0
     rows = rows if len(rows) else torch.zeros(1, dtype=torch.int64)
     lengths = layout.offsets.diff()[rows]
@@ -62,5 +62,5 @@ def add_branch(x: Tensor, branch: Callable[[Tensor, Layout], Tensor], layout: La
     """x + branch(x), the branch computed for the kept sequences alone: [T, D] -> [T, D]."""
     if kept is None:
         return x + branch(x, layout)
-    part = branch(x.index_select(0, kept.index), kept.layout)
-    return x.index_add(0, kept.index, part, alpha=kept.scale)
+    part = branch(x.index_select(0, kept.places), kept.layout)
+    return x.index_add(0, kept.places, part, alpha=kept.scale)

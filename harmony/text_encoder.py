@@ -5,7 +5,6 @@ Letters in shapes: B samples, C context length, T packed tokens, D width, E widt
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
@@ -24,8 +23,11 @@ class TextConfig(Config):
     """The text transformer. The defaults are CLIP's."""
 
     width: PositiveInt = 512
+    """Width D of a token."""
     depth: PositiveInt = 12
+    """Transformer blocks."""
     heads: PositiveInt = 8
+    """Attention heads; must divide the width."""
     context: PositiveInt = 77
     """Longest caption, tokens, start and end ids included."""
     vocabulary: PositiveInt = 49408
@@ -65,6 +67,20 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
+class TextMlp(nn.Module):
+    """Two linear layers around a QuickGELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, hidden)
+        self.gelu = QuickGELU()
+        self.c_proj = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+
 class TextBlock(nn.Module):
     """Pre-norm causal transformer block."""
 
@@ -73,13 +89,7 @@ class TextBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = CausalAttention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            OrderedDict(
-                c_fc=nn.Linear(width, 4 * width),
-                gelu=QuickGELU(),
-                c_proj=nn.Linear(4 * width, width),
-            )
-        )
+        self.mlp = TextMlp(width, 4 * width)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """[T, D] -> [T, D]."""
@@ -143,11 +153,12 @@ class TextEncoder(nn.Module):
         width, depth = self.config.width, self.config.depth
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
-        for block in self.transformer.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+        for module in self.transformer.modules():
+            if isinstance(module, TextBlock):
+                nn.init.normal_(module.attn.in_proj_weight, std=width**-0.5)
+                nn.init.normal_(module.attn.out_proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+                nn.init.normal_(module.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+                nn.init.normal_(module.mlp.c_proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
         if self.text_projection is not None:
             nn.init.normal_(self.text_projection, std=width**-0.5)
 
@@ -169,6 +180,7 @@ class TextEncoder(nn.Module):
 
     def project(self, features: Tensor) -> Tensor:
         """Features at the end ids to the joint space, not normalised: [..., D] -> [..., E]."""
+        assert self.ln_final is not None and self.text_projection is not None  # built with an embed_dim
         return self.ln_final(features) @ self.text_projection
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -249,8 +249,8 @@ class Masks:
 
     def micro_batch(self, part: slice) -> Masks:
         """Those of some of the samples."""
-        by_crop = (t[:, part] for t in (self.block_mask, self.kept, self.removed))
-        return Masks(self.tokens[part], *by_crop, self.caption_mask[part], self.drop_keys[part])
+        block, kept, removed = (t[:, part] for t in (self.block_mask, self.kept, self.removed))
+        return Masks(self.tokens[part], block, kept, removed, self.caption_mask[part], self.drop_keys[part])
 
 
 def draw_masks(

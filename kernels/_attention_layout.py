@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class Layout:
             raise ValueError(f"offsets must be increasing, but {int(host[at])} comes before {int(host[at + 1])}")
         self.tokens = int(host[-1])
         self.longest = int(self.lengths.max())
-        self._made: dict[object, object] = {}
+        self._made: dict[object, Any] = {}
 
     def holds_for(self, offsets: Tensor) -> bool:
         """Whether the offsets are still what was read. On a device their version tells, without a synchronisation."""

@@ -90,7 +90,7 @@ def fingerprint(case: AotCase) -> str:
     """A hash of everything of ours that the compiled code depends on: sources of the kernel and of the functions that
     it calls, constants, types and options. Raises ValueError as `compile_case`."""
     kernel = _jit_function(case)
-    text = [_full_signature(case, kernel.arg_names), sorted(case.constexprs.items(), key=str)]
+    text: list[object] = [_full_signature(case, kernel.arg_names), sorted(case.constexprs.items(), key=str)]
     text += [sorted(case.divisible_by_16), case.num_warps, case.num_stages, *_sources(kernel, set())]
     return hashlib.sha256(repr(text).encode()).hexdigest()[:16]
 

@@ -97,7 +97,7 @@ def reference(pair: Pair, scale: Tensor, temperature: float, offset: int) -> Ten
         label = scale * torch.linalg.vecdot(rows, columns[offset : offset + len(rows)])
         lse = z.logsumexp(1)
         terms.append(lse - label)
-        if x.teacher_rows is not None:
+        if x.teacher_rows is not None and x.teacher_columns is not None:
             with torch.no_grad():
                 t = t.T if t is not None and pair.shared else x.teacher_rows.to(dtype) @ x.teacher_columns.to(dtype).T
                 q = (t / temperature).softmax(1)
@@ -131,12 +131,13 @@ def _pair(
         if x is not None and teacher_image is None:
             raise ValueError(f"teacher_image is missing, but {name} is given")
     local = (image, text, teacher_image, teacher_text)
-    everyone = (all_image, all_text, all_teacher_image, all_teacher_text)
+    everyone: tuple[Tensor | None, ...] = (all_image, all_text, all_teacher_image, all_teacher_text)
     if all(x is None or x is y for x, y in zip(everyone, local, strict=True)):
         everyone = (None,) * 4
     else:
         everyone = tuple(y if x is None else x for x, y in zip(everyone, local, strict=True))
-    pair = Pair(image, text, *everyone[:2], teacher_image, teacher_text, *everyone[2:])
+    all_image, all_text, all_teacher_image, all_teacher_text = everyone
+    pair = Pair(image, text, all_image, all_text, teacher_image, teacher_text, all_teacher_image, all_teacher_text)
     _check_pair(pair)
     return pair
 
@@ -182,7 +183,7 @@ def _terms(
     logit_bias: Tensor | float | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(hard, soft) by the backend that the dispatcher names."""
-    image, columns = pair.image, pair.image.shape[0] if pair.shared else pair.all_image.shape[0]
+    image, columns = pair.image, pair.image.shape[0] if pair.all_image is None else pair.all_image.shape[0]
     if kind == "sigmoid" and pair.teacher_image is not None:
         raise ValueError("teacher_image: kind 'sigmoid' has no soft targets")
     if kind == "softmax" and logit_bias is not None:
@@ -198,7 +199,8 @@ def _terms(
     with full_precision(image):
         if kind == "sigmoid":
             bias = _number("logit_bias", 0.0 if logit_bias is None else logit_bias, image, scale.dtype)
-            arguments = (image, pair.text if pair.shared else pair.all_text, scale, bias, offset)
+            texts = pair.text if pair.all_text is None else pair.all_text
+            arguments = (image, texts, scale, bias, offset)
             return sigmoid_reference(*arguments) if few else sigmoid_loss(*arguments, backend), None
         if few:
             terms = reference(pair, scale, temperature, offset)

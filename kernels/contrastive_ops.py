@@ -7,12 +7,14 @@ over tiles and the products with the vectors are the same. Letters in shapes: B 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._context import Context
 from .products import TORCH_TILE, TRITON_TILE, inner_product, magnification, project, spans
 
 
@@ -44,15 +46,23 @@ class Pair(NamedTuple):
 
     def directions(self) -> list[Direction]:
         """Image to text and text to image."""
-        images, texts, teacher_images, teacher_texts = self[:2] + self[4:6] if self.shared else self[2:4] + self[6:8]
+        images, texts = self.all_image, self.all_text
+        teacher_images, teacher_texts = self.all_teacher_image, self.all_teacher_text
+        if images is None or texts is None:
+            images, texts, teacher_images, teacher_texts = self.image, self.text, self.teacher_image, self.teacher_text
         return [
             Direction(self.image, texts, self.teacher_image, teacher_texts),
             Direction(self.text, images, self.teacher_text, teacher_images),
         ]
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> Pair:
+        """All vectors changed in one way."""
+        others = (None if x is None else change(x) for x in self[2:])
+        return Pair(change(self.image), change(self.text), *others)
+
     def to(self, dtype: torch.dtype) -> Pair:
         """All vectors in one dtype."""
-        return Pair(*(None if x is None else x.to(dtype) for x in self))
+        return self.each(lambda x: x.to(dtype))
 
 
 class LogitGradient(NamedTuple):
@@ -94,9 +104,8 @@ def _(
     teacher_text: Tensor | None, all_teacher_image: Tensor | None, all_teacher_text: Tensor | None,
     scale: Tensor, temperature: float, offset: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    soft = teacher_image is not None
-    shapes = ((2 if soft else 1,), (2, len(image)), (2, len(image)) if soft else (0,))
-    return tuple(scale.new_empty(shape) for shape in shapes)
+    soft, shape = teacher_image is not None, (2, len(image))
+    return scale.new_empty(2 if soft else 1), scale.new_empty(shape), scale.new_empty(shape if soft else 0)
 
 
 @torch.library.custom_op("harmony_fast::contrastive_gradients", mutates_args=())
@@ -119,7 +128,7 @@ def softmax_gradients(
         which = slice(0, 2) if pair.shared else slice(i, i + 1)
         teacher = teacher_lse[which] if len(teacher_lse) else teacher_lse
         source = LogitGradient(direction, scale, temperature, offset, lse[which], teacher, shares, magnify)
-        u, v = project(lambda r, c, s=source: tile_of(s, r, c), direction.rows, direction.columns, tile_size)
+        u, v = project(partial(tile_of, source), direction.rows, direction.columns, tile_size)
         parts += [u, v]
     rows = [(pair.image, parts[0])] + ([] if pair.shared else [(pair.text, parts[2])])
     d_scale = weight * sum(inner_product(x, u) for x, u in rows)
@@ -135,16 +144,16 @@ def _(
     all_teacher_image: Tensor | None, all_teacher_text: Tensor | None, scale: Tensor, temperature: float, offset: int,
     backend: str,
 ) -> list[Tensor]:  # fmt: skip
-    columns = [] if all_image is None else [all_image, all_text]
+    columns = [x for x in (all_image, all_text) if x is not None]
     return [x.new_empty(x.shape) for x in (image, text, scale, *columns)]
 
 
-def _save_softmax(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+def _save_softmax(ctx: Context, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1:], *inputs[:9])
     ctx.constants = inputs[9:]
 
 
-def _softmax_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _softmax_backward(ctx: Context, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     image, text, scale, *columns = softmax_gradients(grad, *ctx.saved_tensors, *ctx.constants)
     return image, text, *(columns or (None, None)), None, None, None, None, scale, None, None, None
 
@@ -207,12 +216,12 @@ def _(
     return image.new_empty(image.shape), text.new_empty(text.shape), torch.empty_like(scale), torch.empty_like(bias)
 
 
-def _save_sigmoid(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _save_sigmoid(ctx: Context, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4])
     ctx.constants = inputs[4:]
 
 
-def _sigmoid_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _sigmoid_backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *sigmoid_gradients(grad, *ctx.saved_tensors, *ctx.constants), None, None
 
 
@@ -259,7 +268,9 @@ def _statistics(pair: Pair, scale: Tensor, temperature: float, offset: int) -> t
 def _logits(x: Direction, scale: Tensor, temperature: float, r: slice, c: slice) -> tuple[Tensor, Tensor | None]:
     """A tile of the student's and the teacher's logits."""
     z = x.rows[r] * scale @ x.columns[c].T
-    return z, None if x.teacher_rows is None else x.teacher_rows[r] / temperature @ x.teacher_columns[c].T
+    if x.teacher_rows is None or x.teacher_columns is None:
+        return z, None
+    return z, x.teacher_rows[r] / temperature @ x.teacher_columns[c].T
 
 
 def _logit_gradient(g: LogitGradient, r: slice, c: slice) -> Tensor:

@@ -26,11 +26,11 @@ from .products_triton import (
 
 def statistics(pair: Pair, scale: Tensor, temperature: float, offset: int) -> tuple[Tensor, Tensor, Tensor]:
     """The terms [1] or [2], logsumexp [2, B] of the logits and [2, B] of the teacher's or [0], in fp32."""
-    pair = Pair(*(None if x is None else x.contiguous() for x in pair))
+    pair = pair.each(Tensor.contiguous)
     one, two = pair.directions()
     (batch, width), columns = one.rows.shape, len(one.columns)
     soft = one.teacher_rows is not None
-    teacher_width = one.teacher_rows.shape[1] if soft else width
+    teacher_width = width if one.teacher_rows is None else one.teacher_rows.shape[1]
     tiles = tiles_for(one.rows, one.teacher_rows)
     blocks = triton.cdiv(batch, tiles.rows)
     splits, steps = split(2 * blocks, triton.cdiv(columns, tiles.columns), pair.image)
@@ -47,12 +47,14 @@ def statistics(pair: Pair, scale: Tensor, temperature: float, offset: int) -> tu
     combine_kernel[(triton.cdiv(batch, COMBINED), 2)](
         partial, lse, teacher_lse, losses, None, batch, splits, 0.5 / batch, True, COMBINED, num_warps=tiles.warps
     )
-    return losses.sum((1, 2)), lse, teacher_lse if soft else scale.new_empty(0)
+    return losses.sum((1, 2)), lse, scale.new_empty(0) if teacher_lse is None else teacher_lse
 
 
 def logit_gradient(g: LogitGradient, r: slice, c: slice) -> Tensor:
     """A tile of the gradient of logits in the dtype of the vectors, times g.magnify."""
-    x, y, tx, ty = (None if v is None else v[s].contiguous() for v, s in zip(g.x, (r, c, r, c), strict=True))
+    x, y = g.x.rows[r].contiguous(), g.x.columns[c].contiguous()
+    teachers = (g.x.teacher_rows, r), (g.x.teacher_columns, c)
+    tx, ty = (None if v is None else v[s].contiguous() for v, s in teachers)
     (rows, width), columns = x.shape, len(y)
     teacher_width = width if tx is None else tx.shape[1]
     tiles = tiles_for(x, tx)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._attention_layout import Layout, layout_of
+from ._context import Context
 from .dispatch import choose
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -130,13 +131,14 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, offsets, key_mask, *ctx.rest = inputs
+def _save(ctx: Context, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, offsets, key_mask, *constants = inputs
     ctx.save_for_backward(q, k, v, *output, offsets, key_mask)
+    ctx.constants = tuple(constants)
 
 
-def _differentiate(ctx: torch.autograd.function.FunctionCtx, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.harmony_fast.masked_attention_backward(dout, *ctx.saved_tensors, *ctx.rest)
+def _differentiate(ctx: Context, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.harmony_fast.masked_attention_backward(dout, *ctx.saved_tensors, *ctx.constants)
     return *gradients, None, None, None, None, None
 
 
@@ -218,8 +220,9 @@ def _dense_backward(
         for first in range(0, count, step):
             shape = min(step, count - first), length
             piece = slice(block.start + first * length, block.start + (first + shape[0]) * length)
-            tensors = (x[piece].unflatten(0, shape).transpose(1, 2) for x in (dout, q, k, v, out))
-            results = _dense_gradients(*tensors, *_allowed(key_mask, piece, shape, causal), causal, scale)
+            do, qs, ks, vs, o = (x[piece].unflatten(0, shape).transpose(1, 2) for x in (dout, q, k, v, out))
+            allowed, idle = _allowed(key_mask, piece, shape, causal)
+            results = _dense_gradients(do, qs, ks, vs, o, allowed, idle, causal, scale)
             for gradient, result in zip(gradients, results, strict=True):
                 gradient[piece] = result.transpose(1, 2).flatten(0, 1)
     return gradients

@@ -23,7 +23,7 @@ vectors read and write (4096 + 8192) x E sums, little beside 4096 x 8192 x E mul
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_matrix(name: str, x: Tensor, rows: int | None = None, width: int | None = None) -> None:
+def check_matrix(name: str, x: object, rows: int | None = None, width: int | None = None) -> None:
     """Raise ValueError naming `name` unless x is a float matrix of so many rows and columns (None: any)."""
     if not isinstance(x, Tensor) or x.dim() != 2:
         raise ValueError(f"{name} must be a matrix, not {[*x.shape] if isinstance(x, Tensor) else type(x).__name__}")
@@ -34,7 +34,7 @@ def check_matrix(name: str, x: Tensor, rows: int | None = None, width: int | Non
         raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, not {str(x.dtype)[6:]}")
 
 
-def check_vector(name: str, x: Tensor, length: int) -> None:
+def check_vector(name: str, x: object, length: int) -> None:
     """Raise ValueError naming `name` unless x is a float vector of this length."""
     if not isinstance(x, Tensor) or x.dim() != 1 or x.shape[0] != length or not x.is_floating_point():
         found = f"{[*x.shape]}, {str(x.dtype)[6:]}" if isinstance(x, Tensor) else type(x).__name__
@@ -100,4 +100,4 @@ def project(
 
 def inner_product(a: Tensor, b: Tensor) -> Tensor:
     """sum(a * b) in the dtype of b, some rows at a time."""
-    return sum((a[r] * b[r]).sum() for r in spans(len(a), TRITON_TILE[0]))
+    return sum(((a[r] * b[r]).sum() for r in spans(len(a), TRITON_TILE[0])), b.new_zeros(()))

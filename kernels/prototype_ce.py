@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._context import Context
 from .dispatch import choose
 from .products import ONE_PIECE, check_like, check_matrix, check_vector, full_precision, spans, wide
 
@@ -103,18 +104,20 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dtype = wide(student, teacher)
     shapes = (student.shape, student_weight.shape) if gradients else ((0,), (0,))
-    return student.new_empty((), dtype=dtype), *(student.new_empty(s, dtype=dtype) for s in shapes)
+    d_student, d_weight = (student.new_empty(shape, dtype=dtype) for shape in shapes)
+    return student.new_empty((), dtype=dtype), d_student, d_weight
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.dtype = inputs[0].dtype
+def _save(ctx: Context, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.constants = (inputs[0].dtype,)
     ctx.save_for_backward(*output[1:])
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Context, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    (dtype,) = ctx.constants
     # The gradients stay in fp32 until here: 1/R of them would vanish in fp16 without the loss scale in `grad`.
     both = tuple(
-        (grad * g).to(ctx.dtype) if needed else None
+        (grad * g).to(dtype) if needed else None
         for needed, g in zip(ctx.needs_input_grad[:2], ctx.saved_tensors, strict=True)
     )
     return *both, *(None,) * 8

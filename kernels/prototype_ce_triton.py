@@ -25,10 +25,11 @@ def loss_and_gradients(
     student_temperature: float, teacher_temperature: float, row_weight: Tensor, gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss and its gradients to student and student_weight, in fp32; without `gradients` two empty tensors."""
-    vectors = [x.contiguous() for x in (student, student_weight, teacher, teacher_weight)]
+    student, student_weight = student.contiguous(), student_weight.contiguous()
+    teacher, teacher_weight = teacher.contiguous(), teacher_weight.contiguous()
     center = center.float().contiguous()
     factors = (1 / student_temperature, 1 / teacher_temperature)
-    loss, lse, teacher_lse = _statistics(*vectors, center, *factors, row_weight)
+    loss, lse, teacher_lse = _statistics(student, student_weight, teacher, teacher_weight, center, *factors, row_weight)
     if not gradients:
         return loss, row_weight.new_empty(0), row_weight.new_empty(0)
     magnify = magnification(student.dtype)
@@ -36,7 +37,7 @@ def loss_and_gradients(
     share = row_weight / largest
 
     def tile(r: slice, c: slice) -> Tensor:
-        x, y, tx, ty = (v[s] for v, s in zip(vectors, (r, c, r, c), strict=True))
+        x, y, tx, ty = student[r], student_weight[c], teacher[r], teacher_weight[c]
         rows, columns, tiles = len(x), len(y), tiles_for(x, tx)
         out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
         gradient_kernel[(triton.cdiv(rows, tiles.rows), triton.cdiv(columns, tiles.columns))](
@@ -46,7 +47,7 @@ def loss_and_gradients(
         )  # fmt: skip
         return out
 
-    u, v = project(tile, *vectors[:2], TRITON_TILE)
+    u, v = project(tile, student, student_weight, TRITON_TILE)
     factor = largest * (factors[0] / magnify)
     return loss, u.mul_(factor), v.mul_(factor)
 
@@ -81,6 +82,8 @@ def aot_cases() -> list[AotCase]:
             ("statistics", statistics_kernel, ()),
             ("gradient", gradient_kernel, ("columns",)),
         ):
-            options = {"teacher": dtype, "labels": False, "absent": unused, "divisible": divisible}
-            cases.append(aot_case(f"prototype_ce.{use}.{dtype}", kernel, dtype, 256, **options))
+            name = f"prototype_ce.{use}.{dtype}"
+            cases.append(
+                aot_case(name, kernel, dtype, 256, teacher=dtype, labels=False, absent=unused, divisible=divisible)
+            )
     return cases

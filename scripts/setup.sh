@@ -48,6 +48,11 @@ if [ -z "$python" ]; then say "error: no Python 3.10 to 3.12 with venv and heade
 say "making .venv with $("$python" --version) (downloads about 3 GB the first time)"
 rm -rf .venv
 "$python" -m venv .venv
-# Type stubs, caches and tests of CUDA libraries are not compiled: that alone would take a minute.
+# Most of what is installed is never imported: compiling all of it would take a minute.
 .venv/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[test]'
+# What is imported is compiled once, here; where bytecode may not be written, every start would do it again (10 s).
+env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -W ignore -c '
+import harmony_fast.engine.train, harmony_fast.engine.report, harmony_fast.engine.plan, bitsandbytes, hypothesis, pytest
+import sklearn.linear_model, tensorboard, torchmetrics, transformers
+'
 echo "$wanted" > "$stamp"

@@ -1,8 +1,13 @@
-"""The package list against the folders, the import rule, and what is committed."""
+"""The package list against the folders, the import rule, what is committed, and what is in wheel and sdist."""
 
 import ast
+import json
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -47,7 +52,7 @@ def test_imports_go_one_way(folder: str) -> None:
 
 def test_every_package_is_listed() -> None:
     listed = PROJECT["tool"]["setuptools"]["package-dir"]
-    folders = {str(path.parent.relative_to(ROOT)) for top in (*MAY_IMPORT, "configs") for path in sources(top)}
+    folders = {str(path.parent.relative_to(ROOT)) for top in (*MAY_IMPORT, "configs", "demo") for path in sources(top)}
     for folder in folders:
         assert (ROOT / folder / "__init__.py").is_file(), folder
     names = {
@@ -64,7 +69,7 @@ def test_every_dependency_has_bounds_and_a_tried_version() -> None:
 
     tried = {Requirement(line).name: Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines()
              if line and not line.startswith("#")}  # fmt: skip
-    installed_here = [PROJECT["project"]["optional-dependencies"][name] for name in ("test", "lint")]
+    installed_here = [PROJECT["project"]["optional-dependencies"][name] for name in ("test", "lint", "docs")]
     extras = [requirement for requirements in installed_here for requirement in requirements]
     for text in PROJECT["project"]["dependencies"] + extras:
         requirement = Requirement(text)
@@ -82,3 +87,86 @@ def test_what_is_committed_is_small() -> None:
     sizes = {name: (ROOT / name).stat().st_size for name in files if (ROOT / name).is_file()}
     assert sum(size for name, size in sizes.items() if name.startswith("demo/")) < 12e6
     assert not [name for name in files if name.endswith((".beton", ".pyc", ".pt"))]
+
+
+BUILD = """
+import json, sys
+from setuptools import build_meta
+_, out, *kinds = sys.argv  # setuptools changes it
+print("\\n" + json.dumps([getattr(build_meta, f"build_{kind}")(out) for kind in kinds]))
+"""
+
+
+def build(source: Path, out: Path, *kinds: str) -> list[Path]:
+    """What setuptools makes of a source tree, without a word of complaint about the packages."""
+    command = [sys.executable, "-c", BUILD, str(out), *kinds]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not re.search("deprecat|absent from|would be ignored", done.stdout + done.stderr, re.IGNORECASE), done.stderr
+    return [out / name for name in json.loads(done.stdout.splitlines()[-1])]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """sdist and wheel of the working tree, and the wheel that is made from the sdist."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("which files belong to the project is known to git alone")
+    folder = tmp_path_factory.mktemp("built")
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(lambda name: (ROOT / name).is_file(), names):
+        (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / "tree" / name)
+    sdist, wheel = build(folder / "tree", folder, "sdist", "wheel")
+    shutil.unpack_archive(sdist, folder / "unpacked")
+    (folder / "again").mkdir()
+    (again,) = build(folder / "unpacked" / sdist.name.removesuffix(".tar.gz"), folder / "again", "wheel")
+    return {"sdist": sdist, "wheel": wheel, "again": again}
+
+
+def names_in(wheel: Path) -> set[str]:
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_the_wheel_has_all_that_runs_and_no_more(built: dict[str, Path]) -> None:
+    folders = PROJECT["tool"]["setuptools"]["package-dir"].values()
+    modules = [path for folder in folders for path in sources(folder)]
+    data = [path for pattern in ("configs/**/*.yaml", "demo/*.tar", "demo/LICENSE*", "engine/**/*.css")
+            for path in ROOT.glob(pattern)]  # fmt: skip
+    assert len(data) > 20
+    own = {str(path.relative_to(ROOT)).removeprefix("harmony_fast/") for path in (*modules, *data)}
+    names = names_in(built["wheel"])
+    assert {name for name in names if ".dist-info/" not in name} == {f"harmony_fast/{name}" for name in own}
+    licences = {name.partition("/licenses/")[2] for name in names}
+    assert {"LICENSE", "demo/LICENSES.md", "demo/LICENSE-CC-BY-4.0.txt"} <= licences
+    assert built["wheel"].stat().st_size < 15e6
+
+
+def test_the_sdist_gives_the_same_wheel_and_has_the_tests(built: dict[str, Path]) -> None:
+    assert names_in(built["again"]) == names_in(built["wheel"])
+    with tarfile.open(built["sdist"]) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    assert {"CHANGELOG.md", "Makefile", "constraints.txt", "scripts/setup.sh", "tests/test_packaging.py",
+            "tests/conftest.py", "docs/data.md", "bench/results/guard.json"} <= names  # fmt: skip
+    assert not [name for name in names if name.endswith((".pyc", ".beton")) or name.startswith(("runs", ".venv"))]
+
+
+def test_what_is_shipped_is_found_where_the_wheel_is_unpacked(built: dict[str, Path], tmp_path: Path) -> None:
+    zipfile.ZipFile(built["wheel"]).extractall(tmp_path / "site")
+    (tmp_path / "empty").mkdir()
+    program = (
+        "from harmony_fast.engine.shipped import find_config; from harmony_fast.engine.data.sources import find_chunks;"
+        "print(find_config('demo'), find_config('clip'), find_chunks(['demo/noto.tar'], 1)[0].path)"
+    )
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); {program}"]
+    done = subprocess.run(command, cwd=tmp_path / "empty", capture_output=True, text=True, check=True)
+    package = tmp_path / "site" / "harmony_fast"
+    found = ["configs/demo.yaml", "configs/recipes/clip.yaml", "demo/noto.tar"]
+    assert done.stdout.split() == [str(package / name) for name in found]
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    import harmony_fast
+
+    released = re.findall(r"^## \[?([\d.]+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert released[0] == harmony_fast.__version__

@@ -178,7 +178,7 @@ class Beton:
     @property
     def several(self) -> bool:
         """Whether samples have one or more captions each."""
-        return "captions" in self.metadata.dtype.names
+        return self.metadata.dtype == METADATA_SEVERAL
 
     def image_sizes(self, rows: np.ndarray) -> np.ndarray:
         """Bytes of the images of samples `rows` (int64 [B]): int64 [B]; 0 where the file's tables disagree."""

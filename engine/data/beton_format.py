@@ -33,10 +33,9 @@ FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 KEY = np.dtype([("ptr", "<u8"), ("size", "<u8")])
-METADATA = np.dtype([("image", IMAGE), ("tokens", "<u8"), ("key", KEY)], align=True)
-METADATA_SEVERAL = np.dtype(
-    [*((name, METADATA.fields[name][0]) for name in METADATA.names), ("captions", KEY)], align=True
-)
+_COMMON: list[tuple[str, np.dtype | str]] = [("image", IMAGE), ("tokens", "<u8"), ("key", KEY)]
+METADATA = np.dtype(_COMMON, align=True)
+METADATA_SEVERAL = np.dtype([*_COMMON, ("captions", KEY)], align=True)
 """With several captions a sample."""
 
 FIELDS = {"image": 2, "tokens": 4, "key": 3}  # name -> FFCV's type id: RGBImageField, NDArrayField, BytesField

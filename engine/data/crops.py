@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Any
+from typing import Any, cast
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -48,13 +48,13 @@ class Status(IntEnum):
 _GOOD, _NOT_STORED, _NOT_DECODED = (int(status) for status in Status)
 
 
-def _external(name: str, function: Any, signature: Any) -> types.ExternalFunction:
-    """A C function called by name: unlike a ctypes pointer, numba can cache code that calls it."""
+def _external(name: str, function: Any, signature: Any) -> Callable[..., int]:
+    """A C function that compiled code calls by name: unlike a ctypes pointer, numba can cache such code."""
     address = ctypes.cast(function, ctypes.c_void_p).value
     if address is None:
         raise ImportError(f"FFCV's library has no function for {name}")
     llvm.add_symbol(name, address)
-    return types.ExternalFunction(name, signature)
+    return cast("Callable[..., int]", types.ExternalFunction(name, signature))
 
 
 _u32 = types.uint32

@@ -71,7 +71,7 @@ class MultiCrop(SimpleRGBImageDecoder):
                 places[slot], modes[slot] = indices[slot], record["mode"]
                 heights[slot], widths[slot] = record["height"], record["width"]
                 addresses[slot], sizes[slot] = stored.ctypes.data, stored.size
-            key = carray(_pointer(address), 1)[0]
+            key = carray(_pointer(address), 1)[0]  # type: ignore[call-arg]  # numba gives the context
             large, small, status = memory
             cut_batch(places, modes, heights, widths, addresses, sizes, key, shape, MOST_REDUCED, large, small, status)
             return memory

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -139,7 +140,7 @@ def turbo_decodes(jpeg: bytes, width: int, height: int) -> bool:
 
 
 @cache
-def _imdecode() -> ctypes._CFuncPtr:
+def _imdecode() -> Callable[..., int]:
     """The C function behind `ffcv.libffcv.imdecode`, without the seconds that importing ffcv takes."""
     spec = find_spec("ffcv")
     if spec is None or spec.origin is None:

@@ -53,7 +53,7 @@ class Loader:
 
     def __init__(
         self,
-        paths: Path | Sequence[Path],
+        paths: str | Path | Sequence[str | Path],
         views: ViewsConfig,
         *,
         batch_size: int,
@@ -210,7 +210,7 @@ class Loader:
 
 def _worker_count(workers: int | None, world_size: int) -> int:
     """At least 1; at most what numba was started with, by default the CPUs this process may use."""
-    available = numba.config.NUMBA_NUM_THREADS
+    available = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # set when numba is imported
     if workers is None:
         workers = len(os.sched_getaffinity(0)) // world_size
     return min(max(workers, 1), available)

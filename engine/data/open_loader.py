@@ -20,9 +20,19 @@ from .webdataset_loader import WebdatasetLoader
 class AnyLoader(Protocol):
     """What the training loop needs of a loader; `loader.Loader` says what each part means."""
 
-    samples: int
-    context: int
-    steps_per_epoch: int
+    seed: int
+
+    @property
+    def samples(self) -> int:
+        """In the data set."""
+
+    @property
+    def context(self) -> int:
+        """Tokens per caption."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches."""
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
         """This rank's batches of an epoch from a step on."""
@@ -67,7 +77,7 @@ def settle_order(config: RunConfig, ranks: Ranks) -> Literal["random", "quasi_ra
     except OSError as error:
         raise DataError(f"{note}: cannot be read: {error.strerror}") from None
     large = known == "quasi_random" if known else not fits_memory(BetonSet(config.data.sources).bytes)
-    order = "quasi_random" if ranks.any(large) else "random"
+    order: Literal["random", "quasi_random"] = "quasi_random" if ranks.any(large) else "random"
     if ranks.is_main and not known:
         note.write_text(order + "\n")
     return order

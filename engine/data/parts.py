@@ -155,11 +155,11 @@ def build_part(files: PartFiles, report: Callable[[int, int], bool]) -> Part:
     """
     part = files.load()
     if part is None:
-        temporary = [path.with_suffix(f"{path.suffix}.{os.getpid()}.tmp") for path in (files.data, files.index)]
+        data, index = (path.with_suffix(f"{path.suffix}.{os.getpid()}.tmp") for path in (files.data, files.index))
         try:
-            part = _write_part(files, *temporary, report)
+            part = _write_part(files, data, index, report)
         finally:
-            for path in temporary:
+            for path in (data, index):
                 path.unlink(missing_ok=True)
     return part
 

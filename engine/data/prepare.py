@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
 
 from ..errors import DataError
 from .assemble import Summary, assemble, gigabytes
@@ -39,7 +38,7 @@ def prepare(
     workers: int | None = None,
     limit: int | None = None,
     tokenizer: str = CLIP,
-    captions: Literal["one", "all"] = "one",
+    captions: str = "one",
     dedup: bool = False,
     where: str | None = None,
     image_column: str | None = None,

@@ -109,7 +109,7 @@ class Direct:
             for slot in slots:
                 file, image = self._open[records.file[slot]], images[starts[slot] : ends[slot]]
                 try:
-                    got = os.preadv(file, [image], int(records.start[slot])) if len(image) else 0
+                    got = os.preadv(file, [image.data], int(records.start[slot])) if len(image) else 0
                     got += os.preadv(file, [tokens[slot]], int(records.caption[slot]))
                 except OSError as error:
                     named = self._files.named(int(indices[slot]))

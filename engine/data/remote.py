@@ -61,7 +61,8 @@ def is_remote(source: str) -> bool:
 class Pipe:
     """The output of a shell command."""
 
-    start, total = 0, None
+    start = 0
+    total: int | None = None
 
     def __init__(self, command: str) -> None:
         self._command = command
@@ -115,7 +116,7 @@ class Http:
 class File:
     """A file of any other file system that fsspec knows."""
 
-    total = None
+    total: int | None = None
 
     def __init__(self, source: str, offset: int) -> None:
         import fsspec

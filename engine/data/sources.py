@@ -8,9 +8,10 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, Protocol
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # the stubs lack the error
 
 from ..errors import DataError
+from ..shipped import shipped_data
 from .folders import NOT_SAMPLES, folder_chunks
 from .images import Rejected
 from .samples import Sample
@@ -24,8 +25,9 @@ PIECE = 16 << 20
 class Chunk(Protocol):
     """One task of `prepare`: samples that are read by one worker, one after the other."""
 
-    size: int
-    """A measure of its work, bytes."""
+    @property
+    def size(self) -> int:
+        """A measure of its work, bytes."""
 
     @property
     def name(self) -> str:
@@ -139,10 +141,11 @@ def _listed(sources: str | Path | Iterable[str | Path]) -> list[str | Path]:
 
 def _expand(source: str) -> Iterator[Path]:
     """The files that a source names; for a folder its tars, or the folder itself where it holds none."""
-    if Path(source).is_dir():
-        yield from _tars_in(Path(source))
-    elif Path(source).exists():
-        yield Path(source)
+    path = shipped_data(Path(source))
+    if path.is_dir():
+        yield from _tars_in(path)
+    elif path.exists():
+        yield path
     else:
         for pattern in braces(source):
             matches = sorted(glob(pattern, recursive=True)) if has_magic(pattern) else [pattern]

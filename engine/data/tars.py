@@ -106,7 +106,7 @@ def _members(tar: tarfile.TarFile, stop: int | None) -> Iterator[tuple[str, str,
 def wanted_members(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
     """Members that belong to samples: header, name up to the first dot, lower-case extension."""
     for member in tar:
-        tar.members.clear()  # tarfile keeps every header it has seen
+        tar.members.clear()  # type: ignore[attr-defined]  # keeps every header it has seen; not in the stubs
         folder, _, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
         extension = extension.lower()
@@ -141,7 +141,7 @@ def pieces(path: Path, size: int) -> list[tuple[int, int | None, frozenset[str]]
     Returns (first byte, last byte + 1 or None for the end, keys in it that a piece before has as well) of each; one
     piece (0, None, nothing) where the tar is compressed, small or damaged at its beginning.
     """
-    whole = [(0, None, frozenset[str]())]
+    whole: list[tuple[int, int | None, frozenset[str]]] = [(0, None, frozenset())]
     try:
         if path.stat().st_size < 2 * size:
             return whole

@@ -105,14 +105,16 @@ def _fault(
         return "its image lies outside the file's data"
     if not _decodes(jpeg, int(image["mode"]), int(image["width"]), int(image["height"])):
         return "its image cannot be decoded"
-    captions = [_stored(beton, content, int(record["tokens"]), 4 * beton.context)]
+    found = [_stored(beton, content, int(record["tokens"]), 4 * beton.context)]
     if beton.several:
-        captions.append(_stored(beton, content, *record["captions"].tolist()))
-    for stored in captions:
+        found.append(_stored(beton, content, *record["captions"].tolist()))
+    captions: list[bytes] = []
+    for stored in found:
         if stored is None or len(stored) % (4 * beton.context):
             return "its caption lies outside the file's data"
         if not _are_captions(np.frombuffer(stored, "<i4").reshape(-1, beton.context)):
             return "its caption is not start, words, end, zeros"
+        captions.append(stored)
     key = _stored(beton, content, *record["key"].tolist())
     if key is None or _key(beton, content, record) is None:
         return "its key cannot be read"

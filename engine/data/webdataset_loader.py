@@ -11,11 +11,11 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from .shards import count_samples, expand_shards, read_any
 from .tokens import CLIP, tokenize
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 BATCHES_AHEAD = 2
 PLACE_BITS = 24
@@ -163,23 +164,24 @@ class WebdatasetLoader:
         self, candidates: list[Candidate], epoch: int, large: np.ndarray, small: np.ndarray, pool: ThreadPoolExecutor
     ) -> list[bool]:
         """Crops of n candidates into the first n places of `large` and `small`; which of them could be decoded."""
-        sizes = [self._checked(lambda c=c: header(c.image)) for c in candidates]
+        sizes = [self._checked(header, c.image) for c in candidates]
         height, width = (torch.tensor([size[side] if size else 1 for size in sizes]) for side in (0, 1))
         index = torch.tensor([candidate.index for candidate in candidates])
         boxes = draw_boxes(sample_keys(self.seed, epoch, index, Purpose.CROP), height, width, self.views)
 
+        def finish(slot: int) -> bool:
+            cut(candidates[slot].image, boxes[slot], large[slot], small[slot])
+            return True
+
         def work(slot: int) -> bool:
-            image = candidates[slot].image
-            return sizes[slot] is not None and bool(
-                self._checked(lambda: (cut(image, boxes[slot], large[slot], small[slot]), True))
-            )
+            return sizes[slot] is not None and bool(self._checked(finish, slot))
 
         return list(pool.map(work, range(len(candidates))))
 
-    def _checked(self, work):  # type: ignore[no-untyped-def]
+    def _checked(self, work: Callable[..., T], *arguments: object) -> T | None:
         """What `work` gives; None, and counted, where the sample is rejected."""
         try:
-            return work()
+            return work(*arguments)
         except Rejected as rejected:
             self._count(str(rejected))
             return None
@@ -240,7 +242,7 @@ class WebdatasetLoader:
         """The samples of a shard that have an image and a caption."""
         try:
             for place, sample in enumerate(read_any(self._shards[shard], self._cache)):
-                found = self._checked(lambda s=sample: (s.image(), s.captions(self._several)))
+                found = self._checked(lambda s: (s.image(), s.captions(self._several)), sample)
                 if found is not None:
                     captions = found[1] if self._several else found[1][:1]
                     yield Candidate(shard << PLACE_BITS | place, sample.key, found[0], captions)

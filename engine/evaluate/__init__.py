@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,9 @@ def load_towers(path: Path, overrides: list[str]) -> tuple[RunConfig, Towers, di
     config, model = load_run(path, device)
     config = with_overrides(config, overrides)
     branch = choose_branch(config, model)
-    checkpoint = CheckpointFolder(path).newest([])[0].name
-    return config, branch, about(config, checkpoint, "teacher" if branch is model.teacher else "student")
+    checkpoint, _ = CheckpointFolder(path).newest([])
+    assert checkpoint is not None  # load_run found one
+    return config, branch, about(config, checkpoint.name, "teacher" if branch is model.teacher else "student")
 
 
 def evaluate_model(config: RunConfig, model: Harmony, tasks: list[str]) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def evaluate_model(config: RunConfig, model: Harmony, tasks: list[str]) -> dict[
 def evaluate_towers(
     config: RunConfig,
     towers: Towers,
-    tasks: list[str],
+    tasks: Sequence[str],
     share: Share = ALONE,
     keep: Callable[[str, dict[str, Any]], None] = lambda task, metrics: None,
 ) -> dict[str, Any]:
@@ -100,10 +101,10 @@ def evaluate_towers(
 class Evaluation:
     """What the tasks of one call share: each set goes through the tower once."""
 
-    def __init__(self, config: RunConfig, towers: Towers, share: Share, tasks: list[str]) -> None:
+    def __init__(self, config: RunConfig, towers: Towers, share: Share, tasks: Sequence[str]) -> None:
         if towers.image is None:
             raise UserError("this run trained no image encoder")
-        self.config, self.towers, self.share = config, towers, share
+        self.config, self.towers, self.image, self.share = config, towers, towers.image, share
         self._blocks = config.evaluate.linear.blocks if "linear" in tasks else 1
 
     def pictures(self, key: str) -> PictureSet:
@@ -135,7 +136,7 @@ class Evaluation:
     @property
     def joint(self) -> bool:
         """Whether images and texts have a joint space."""
-        return self.towers.text is not None and self.towers.image.contrastive_projection is not None
+        return self.towers.text is not None and self.image.contrastive_projection is not None
 
     def can(self, task: str) -> bool:
         """Whether there is all that a task needs, when none was named."""
@@ -187,10 +188,10 @@ def run_retrieval(work: Evaluation) -> dict[str, Any]:
     for name, captions in zip(work.data.names, work.data.captions, strict=True):
         if not captions:
             raise UserError(f"{name} has no caption: retrieval needs one of every image")
-    captions = [caption for of_image in work.data.captions for caption in of_image]
+    texts = [caption for of_image in work.data.captions for caption in of_image]
     owners = [i for i, of_image in enumerate(work.data.captions) for _ in of_image]
     images = image_embeddings(work.towers, work.data.last)
-    return retrieval(images, work.embed(captions), captions, owners, work.data.own_captions)
+    return retrieval(images, work.embed(texts), texts, owners, work.data.own_captions)
 
 
 def run_knn(work: Evaluation) -> dict[str, Any]:
@@ -202,7 +203,7 @@ def run_knn(work: Evaluation) -> dict[str, Any]:
 def run_linear(work: Evaluation) -> dict[str, Any]:
     """A linear probe, trained on the bank."""
     known, asked = work.labelled("linear")
-    settings, device = work.config.evaluate.linear, work.towers.image.cls_token.device
+    settings, device = work.config.evaluate.linear, work.image.cls_token.device
     return linear(inputs(work.bank, settings), known, inputs(work.data, settings), asked, settings, device)
 
 
@@ -217,7 +218,7 @@ def run_finetune(work: Evaluation) -> dict[str, Any]:
     work.require_bank("finetune")
     bank, data = (list(work.pictures(key).read()) for key in ("bank", "data"))
     known, asked = work.agreeing("finetune", Listed.of(bank), Listed.of(data))
-    return finetune(work.towers.image, work.config, bank, known, data, asked, work.share)
+    return finetune(work.image, work.config, bank, known, data, asked, work.share)
 
 
 def run_segmentation(work: Evaluation) -> dict[str, Any]:
@@ -227,7 +228,7 @@ def run_segmentation(work: Evaluation) -> dict[str, Any]:
     bank = settings.bank or [root for root in data if (Path(root) / "images" / "training").is_dir()]
     if not bank:
         raise UserError("segmentation: evaluate.bank is empty, and evaluate.data has no training part to learn from")
-    return segmentation(work.towers.image, work.config, bank, data, work.share)
+    return segmentation(work.image, work.config, bank, data, work.share)
 
 
 TASKS: dict[str, Callable[[Evaluation], dict[str, Any]]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,8 +17,13 @@ IMAGENET = "imagenet"
 class Labelled(Protocol):
     """Samples, one name and one mapping of labels each."""
 
-    names: list[str]
-    labels: list[Mapping[str, Any]]
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the samples."""
+
+    @property
+    def labels(self) -> Sequence[Mapping[str, Any]]:
+        """By key."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +28,21 @@ from ..data.tokens import tokenizer_options
 from ..errors import DataError, UserError
 from .share import ALONE, Share
 
+if TYPE_CHECKING:
+    from open_clip.tokenizer import SimpleTokenizer
+
 
 class Towers(Protocol):
     """What is evaluated: a branch of a model, or what was exported of one."""
 
     image: ImageEncoder | None
     text: TextEncoder | None
+
+
+def image_tower(towers: Towers) -> ImageEncoder:
+    """The image tower; nobody chooses towers without one to be evaluated (see `choose_branch`)."""
+    assert towers.image is not None
+    return towers.image
 
 
 @dataclass(frozen=True)
@@ -91,15 +100,16 @@ def extract(
     What cannot be decoded is left out, with a line that names it. Raises UserError where nothing is left, or features
     are not finite; DataError where the set cannot be read.
     """
-    if blocks > len(towers.image.blocks):
-        raise UserError(f"features of {blocks} blocks asked for, the image tower has {len(towers.image.blocks)}")
+    encoder = image_tower(towers)
+    if blocks > len(encoder.blocks):
+        raise UserError(f"features of {blocks} blocks asked for, the image tower has {len(encoder.blocks)}")
     left_out = LeftOut()
     stream = decoded(
         share.of(pictures.read()), lambda image: pixels(image, config), config.evaluate.workers, left_out
     )  # fmt: skip
     total = None if pictures.count is None else share.count(pictures.count)
     batches = in_batches(_shown(stream, f"reading {pictures.name}", total, shown), config.evaluate.batch_size)
-    encoded = list(_encoded(towers.image, batches, blocks))
+    encoded = list(_encoded(encoder, batches, blocks))
     found = [picture for batch, *_ in encoded for picture in batch]
     tokens = torch.cat([e[1] for e in encoded]) if encoded else torch.empty(0, blocks, config.model.image.width)
     patches = torch.cat([e[2] for e in encoded]) if encoded else torch.empty(0, config.model.image.width)
@@ -152,23 +162,24 @@ def _shown(items: Iterable[Any], what: str, total: int | None, shown: bool) -> I
 @torch.inference_mode()
 def class_tokens(towers: Towers, samples: list[LabelledSample], config: RunConfig) -> Tensor:
     """The image encoder's class tokens of samples in memory, after the final norm: [n, D] on the host."""
-    device = towers.image.cls_token.device
-    parts = []
+    encoder, parts = image_tower(towers), []
     for chunk in in_batches(samples, config.evaluate.batch_size):
-        images = torch.stack([pixels(sample.image, config) for sample in chunk]).to(device)
-        parts.append(towers.image.features(images)[:, 0].float().cpu())
+        images = torch.stack([pixels(sample.image, config) for sample in chunk]).to(encoder.cls_token.device)
+        parts.append(encoder.features(images)[:, 0].float().cpu())
     return finite(torch.cat(parts), "image features")
 
 
 @torch.inference_mode()
 def image_embeddings(towers: Towers, tokens: Tensor) -> Tensor:
     """Class tokens [n, D] to unit vectors of the joint space [n, E]."""
-    return F.normalize(towers.image.project(tokens.to(towers.image.cls_token)).float(), dim=-1).cpu()
+    encoder = image_tower(towers)
+    return F.normalize(encoder.project(tokens.to(encoder.cls_token)).float(), dim=-1).cpu()
 
 
 @torch.inference_mode()
 def text_embeddings(towers: Towers, texts: list[str], config: RunConfig) -> Tensor:
-    """Texts to unit vectors of the joint space: [n, E] on the host."""
+    """Texts to unit vectors of the joint space, which needs both towers: [n, E] on the host."""
+    assert towers.text is not None
     device = towers.text.positional_embedding.device
     encode = _tokenizer(config.model.text.context, config.data.tokenizer)
     parts = []
@@ -184,7 +195,7 @@ def text_embeddings(towers: Towers, texts: list[str], config: RunConfig) -> Tens
 
 
 @lru_cache(maxsize=2)
-def _tokenizer(context: int, name: str):
+def _tokenizer(context: int, name: str) -> SimpleTokenizer:
     from open_clip.tokenizer import SimpleTokenizer
 
     return SimpleTokenizer(context_length=context, **tokenizer_options(name))

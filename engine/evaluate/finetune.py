@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -16,6 +17,9 @@ from ..errors import UserError
 from ..export.timm_format import timm_model
 from .features import in_batches, pixels
 from .share import Share
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 SEED = 0
 
@@ -104,7 +108,7 @@ def _batches(
 
 @torch.inference_mode()
 def evaluate_classifier(
-    model: nn.Module, config: RunConfig, test: list[Picture], truth: list[int], share: Share
+    model: VisionTransformer, config: RunConfig, test: list[Picture], truth: list[int], share: Share
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy on whole images; truth: class numbers, -1 for a class that was not learned."""
     model.eval()

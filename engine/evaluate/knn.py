@@ -27,7 +27,8 @@ def knn(
     index = {label: i for i, label in enumerate(dict.fromkeys(bank_labels))}
     voters = torch.tensor([index[label] for label in bank_labels])
     truth = torch.tensor([index.get(label, -1) for label in labels])
-    bank, right = F.normalize(bank, dim=-1), {k: [] for k in wanted}
+    bank = F.normalize(bank, dim=-1)
+    right: dict[int, list[Tensor]] = {k: [] for k in wanted}
     for rows in torch.arange(len(queries)).split(ROWS):
         nearest = (F.normalize(queries[rows], dim=-1) @ bank.T).topk(max(wanted), dim=1)
         weight = (nearest.values.double() / TEMPERATURE).exp()

@@ -62,8 +62,9 @@ class LinearHead(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm2d(width)
         self.classify = nn.Conv2d(width, classes, 1)
-        nn.init.normal_(self.classify.weight, std=0.01)
-        nn.init.zeros_(self.classify.bias)
+        weight, bias = self.classify.parameters()
+        nn.init.normal_(weight, std=0.01)
+        nn.init.zeros_(bias)
 
     def forward(self, patches: Tensor, size: int) -> Tensor:
         """[B, D, g, g] -> [B, C, size, size], bilinear between the patches' centres."""
@@ -144,7 +145,7 @@ def train_head(
         loss = F.cross_entropy(scores, masks.to(device), ignore_index=-1, reduction="sum") / (masks >= 0).sum().clamp(1)
         optimizer.zero_grad()
         loss.backward()
-        share.average([p.grad for p in head.parameters()])
+        share.average([p.grad for p in head.parameters() if p.grad is not None])
         optimizer.step()
         schedule.step()
     if not math.isfinite(float(head.classify.weight.detach().sum())):

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...harmony.text_encoder import TextEncoder
 from ..config import RunConfig
 from ..data.tokens import tokenizer_options
 from ..errors import UserError
-from .source import Exported, Source
+from .source import Exported, JointSpace, Source
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
@@ -55,15 +56,16 @@ def build(source: Source) -> Exported:
     if ratio % 1:
         raise UserError(f"transformers' Dinov2Model takes a whole mlp_ratio, not {ratio}; export to timm instead")
     files: dict[str, Any] = {"preprocessor_config.json": _preprocessing(source.config)}
-    if not source.joint:
+    joint = source.joint
+    if joint is None:
         weights = _image_weights(source, "")
         files["config.json"] = {"architectures": ["Dinov2Model"], **_vision_config(source.config)}
         return Exported(weights, "model.safetensors", files, "transformers", ALONE)
-    weights = _image_weights(source, VISION) | _text_weights(source)
-    weights["visual_projection.weight"] = source.image.contrastive_projection.detach().T
-    weights["text_projection.weight"] = source.text.text_projection.detach().T
-    weights["logit_scale"] = source.logit_scale
-    files["config.json"] = _dual_config(source)
+    weights = _image_weights(source, VISION) | _text_weights(joint.text, source.config)
+    weights["visual_projection.weight"] = joint.image_projection.T
+    weights["text_projection.weight"] = joint.text_projection.T
+    weights["logit_scale"] = joint.logit_scale
+    files["config.json"] = _dual_config(joint, source.config)
     files |= _tokenizer(source.config)
     notes = []
     if source.logit_bias is not None:
@@ -91,14 +93,14 @@ def _image_weights(source: Source, prefix: str) -> dict[str, Tensor]:
     return {prefix + name: value for name, value in weights.items()}
 
 
-def _text_weights(source: Source) -> dict[str, Tensor]:
-    ours = source.text.state_dict()
+def _text_weights(tower: TextEncoder, config: RunConfig) -> dict[str, Tensor]:
+    ours = tower.state_dict()
     weights = {
-        "embeddings.token_embedding.weight": ours["token_embedding.weight"][: source.config.model.text.vocabulary],
+        "embeddings.token_embedding.weight": ours["token_embedding.weight"][: config.model.text.vocabulary],
         "embeddings.position_embedding.weight": ours["positional_embedding"],
         **{f"final_layer_norm.{p}": ours[f"ln_final.{p}"] for p in ("weight", "bias")},
     }
-    for i in range(source.config.model.text.depth):
+    for i in range(config.model.text.depth):
         block, layer = f"transformer.resblocks.{i}.", f"encoder.layers.{i}."
         for part in ("weight", "bias"):
             for name, theirs in TEXT_PARTS.items():
@@ -152,15 +154,15 @@ def _restore_text(theirs: Callable[[str], Tensor], depth: int) -> dict[str, Tens
     return {f"text.{name}": value for name, value in ours.items()}
 
 
-def _dual_config(source: Source) -> dict[str, Any]:
-    text = source.config.model.text
-    start, end = _encoder(source.config.data.tokenizer).all_special_ids[:2]
+def _dual_config(joint: JointSpace, config: RunConfig) -> dict[str, Any]:
+    text = config.model.text
+    start, end = _encoder(config.data.tokenizer).all_special_ids[:2]
     return {
         "architectures": ["VisionTextDualEncoderModel"],
         "model_type": "vision-text-dual-encoder",
-        "projection_dim": source.image.contrastive_projection.shape[1],
-        "logit_scale_init_value": float(source.logit_scale),
-        "vision_config": _vision_config(source.config),
+        "projection_dim": joint.image_projection.shape[1],
+        "logit_scale_init_value": float(joint.logit_scale),
+        "vision_config": _vision_config(config),
         "text_config": {
             "model_type": "clip_text_model", "vocab_size": text.vocabulary, "hidden_size": text.width,
             "intermediate_size": 4 * text.width, "num_hidden_layers": text.depth, "num_attention_heads": text.heads,

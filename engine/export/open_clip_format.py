@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import RunConfig
 from ..data.tokens import CLIP, tokenizer_options
 from ..errors import UserError
-from .source import Exported, Source
+from .source import Exported, JointSpace, Source
 from .timm_format import architecture, backbone, timm_config
 
 TRUNK, PROJECTION = "visual.trunk.", "visual.head.proj.weight"
@@ -35,7 +35,8 @@ text_embeddings = model.encode_text(tokenizer(["a photo of a cat"]), normalize=T
 
 def build(source: Source) -> Exported:
     """Weights and `open_clip_config.json`. Raises UserError without a joint space."""
-    if not source.joint:
+    joint = source.joint
+    if joint is None:
         raise UserError("open_clip needs both towers and their joint space, which the contrastive objective trains")
     name, arguments = architecture(source.config)
     files: dict[str, Any] = {}
@@ -50,17 +51,17 @@ def build(source: Source) -> Exported:
         )
     if source.logit_bias is not None:
         notes.append("Trained with the sigmoid loss: `model.logit_bias` belongs to the logits.")
-    files["open_clip_config.json"] = open_clip_config(source, name)
-    return Exported(open_clip_weights(source), "open_clip_model.safetensors", files, "open_clip", USAGE, notes)
+    files["open_clip_config.json"] = open_clip_config(source, joint, name)
+    return Exported(open_clip_weights(source, joint), "open_clip_model.safetensors", files, "open_clip", USAGE, notes)
 
 
-def open_clip_weights(source: Source) -> dict[str, Tensor]:
+def open_clip_weights(source: Source, joint: JointSpace) -> dict[str, Tensor]:
     """Our weights under open_clip's names, without the mask tokens."""
     weights = {TRUNK + name: value for name, value in backbone(source.image).items()}
-    weights[PROJECTION] = source.image.contrastive_projection.detach().T
-    weights |= source.text.state_dict()
+    weights[PROJECTION] = joint.image_projection.T
+    weights |= joint.text.state_dict()
     weights["token_embedding.weight"] = weights["token_embedding.weight"][: source.config.model.text.vocabulary]
-    weights["logit_scale"] = source.logit_scale
+    weights["logit_scale"] = joint.logit_scale
     if source.logit_bias is not None:
         weights["logit_bias"] = source.logit_bias
     return weights
@@ -81,7 +82,7 @@ def restore(weights: dict[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
     return ours
 
 
-def open_clip_config(source: Source, timm_name: str) -> dict[str, Any]:
+def open_clip_config(source: Source, joint: JointSpace, timm_name: str) -> dict[str, Any]:
     """open_clip's description of the model and its preprocessing."""
     text, augment = source.config.model.text, source.config.data.augment
     tokenizer = source.config.data.tokenizer
@@ -89,7 +90,7 @@ def open_clip_config(source: Source, timm_name: str) -> dict[str, Any]:
     if "bpe_path" in options:
         options["bpe_path"] = str(Path(options["bpe_path"]).resolve())
     model: dict[str, Any] = {
-        "embed_dim": source.image.contrastive_projection.shape[1],
+        "embed_dim": joint.image_projection.shape[1],
         "quick_gelu": True,
         "vision_cfg": {
             "timm_model_name": timm_name, "timm_model_pretrained": False, "timm_pool": "token", "timm_proj": "linear",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,6 +15,15 @@ from ..checkpoint_folder import CheckpointFolder, step_of
 from ..config import RunConfig
 from ..errors import UserError
 from ..evaluated import ABOUT, METRICS, choose_branch, known_metrics
+
+
+class JointSpace(NamedTuple):
+    """What takes images and texts to one space: the text tower, and both projections [width of the tower, E]."""
+
+    text: TextEncoder
+    image_projection: Tensor
+    text_projection: Tensor
+    logit_scale: Tensor
 
 
 @dataclass(frozen=True)
@@ -42,9 +51,12 @@ class Source:
     """Where it goes."""
 
     @property
-    def joint(self) -> bool:
-        """Whether images and texts have a joint space."""
-        return self.text is not None and self.image.contrastive_projection is not None
+    def joint(self) -> JointSpace | None:
+        """The joint space of images and texts, if they have one."""
+        image, text = self.image.contrastive_projection, self.text
+        if image is None or text is None or text.text_projection is None or self.logit_scale is None:
+            return None
+        return JointSpace(text, image.detach(), text.text_projection.detach(), self.logit_scale)
 
     def at(self, folder: Path) -> Source:
         """The same, to go to a folder."""
@@ -55,7 +67,7 @@ class Source:
         config = self.config.model_copy(deep=True)
         train = [Path(name).name for name in config.data.sources]
         config.data = config.data.model_copy(update={"train": train, "prepare_from": [], "cache_dir": None})
-        away = {"data": [], "bank": [], "images": None, "classes": None}
+        away: dict[str, Any] = {"data": [], "bank": [], "images": None, "classes": None}
         config.evaluate = config.evaluate.model_copy(update=away)
         config.run_dir = Path("runs") / self.name
         return config
@@ -103,7 +115,9 @@ def read_source(run_dir: Path, branch: str | None) -> Source:
 
 def _steps_done(run_dir: Path) -> int:
     """As the newest checkpoint's name says, `step-00000200`."""
-    return step_of(CheckpointFolder(run_dir).newest([])[0])
+    checkpoint, _ = CheckpointFolder(run_dir).newest([])
+    assert checkpoint is not None  # load_run found one
+    return step_of(checkpoint)
 
 
 def _scalar(value: Tensor | None) -> Tensor | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..config import RunConfig
 from .source import Exported, Source
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 ARCHITECTURES = {(192, 12, 3): "tiny", (384, 12, 6): "small", (768, 12, 12): "base", (1024, 24, 16): "large"}
 """(width, depth, heads) -> timm's name of the size."""
@@ -84,12 +87,12 @@ def timm_config(config: RunConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def timm_model(image: nn.Module, config: RunConfig, **arguments: Any) -> nn.Module:
+def timm_model(image: nn.Module, config: RunConfig, **arguments: Any) -> VisionTransformer:
     """timm's model with the image tower's weights. arguments: of `timm.create_model`, e.g. num_classes."""
     import timm
 
     name, own = architecture(config)
-    model = timm.create_model(name, **{"num_classes": 0, **own, **arguments})
+    model = cast("VisionTransformer", timm.create_model(name, **{"num_classes": 0, **own, **arguments}))
     with torch.no_grad():
         model.load_state_dict({**model.state_dict(), **backbone(image)})
     return model

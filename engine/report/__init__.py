@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -106,7 +107,7 @@ def _numbers(runs: list[Run]) -> list[Section]:
         ("others", "More curves", "Beside the losses", others),
     ]
     return [
-        Section(anchor, short, title, [lead(leads[anchor]), attempt(lambda build=build: build(runs))])
+        Section(anchor, short, title, [lead(leads[anchor]), attempt(partial(build, runs))])
         for anchor, short, title, build in parts
     ]
 

@@ -48,7 +48,7 @@ def tag(name: str, /, *children: Child, **attributes: str | float | bool | None)
 
 
 def _joined(children: Iterable[Child]) -> str:
-    parts = []
+    parts: list[str] = []
     for child in children:
         if isinstance(child, Markup):
             parts.append(child)

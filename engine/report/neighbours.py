@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import numpy as np
 from PIL import Image
@@ -12,11 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...harmony.model import Branch
+from ...harmony.objectives.contrastive import Contrastive
 from ..config import RunConfig
 from ..data.labelled import LabelledSample
 from ..errors import UserError
 from ..evaluate import labels
-from ..evaluate.features import class_tokens, image_embeddings, text_embeddings
+from ..evaluate.features import class_tokens, image_embeddings, image_tower, text_embeddings
 from ..evaluate.zero_shot import class_weights
 from .markup import SHOWN_SIDE, Child, Markup, foreign, picture, tag
 from .run import Run
@@ -92,7 +94,7 @@ def _neighbour(config: RunConfig, query: LabelledSample, other: LabelledSample, 
 def embeddings(branch: Branch, samples: list[LabelledSample], config: RunConfig) -> Tensor:
     """Unit vectors on the host [n, .]: in the joint space where there is one, else of the class token."""
     tokens = class_tokens(branch, samples, config)
-    if branch.image.contrastive_projection is None:
+    if image_tower(branch).contrastive_projection is None:
         return F.normalize(tokens, dim=-1)
     return image_embeddings(branch, tokens)
 
@@ -150,7 +152,8 @@ def names_of_images(run: Run) -> Markup:
     classes = list(dict.fromkeys(names))
     weights = class_weights(partial(text_embeddings, branch, config=config), classes, config.evaluate.templates)
     images = image_embeddings(branch, class_tokens(branch, queries, config))
-    scale = float(run.model.objectives["contrastive"].logit_scale.detach().exp())
+    contrastive = cast(Contrastive, run.model.objectives["contrastive"])
+    scale = float(contrastive.logit_scale.detach().exp())
     cards = []
     for query, row in zip(queries, (scale * images @ weights.T).softmax(-1), strict=True):
         truth, order = names[held.queries.index(query)], row.argsort(descending=True, stable=True).tolist()

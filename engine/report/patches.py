@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import matplotlib
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...harmony.image_encoder import ImageEncoder
+from ...harmony.image_encoder import Block, ImageEncoder
 from .markup import Markup, foreign, picture, reduced, tag
 from .run import Run
 from .samples import displayable, finer
@@ -44,7 +46,7 @@ def class_attention(encoder: ImageEncoder, images: Tensor) -> Tensor:
 
     Attention kernels never store these weights, so they are computed here from the block's own queries and keys.
     """
-    attention = encoder.blocks[-1].attn
+    attention = cast(Block, encoder.blocks[-1]).attn
     inputs: list[Tensor] = []
     hook = attention.register_forward_pre_hook(lambda _module, arguments: inputs.append(arguments[0]))
     try:

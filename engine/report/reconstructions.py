@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from ...harmony.model import Harmony
 from ...harmony.objectives import Features
 from ...harmony.objectives.reconstruction import Reconstruction
 from ...harmony.views import View, Views
+from ..evaluate.features import image_tower
 from .markup import Markup, foreign, picture, shown_scale, tag
 from .run import Run
 from .samples import displayable
@@ -43,8 +46,7 @@ def reconstruct(model: Harmony, views: Views) -> tuple[Tensor, list[float]]:
 
     The model predicts pixels standardised per patch; the true patch's mean and deviation bring them back.
     """
-    objective: Reconstruction = model.objectives["reconstruction"]
-    encoder = model.student.image
+    objective, encoder = cast(Reconstruction, model.objectives["reconstruction"]), image_tower(model.student)
     views = views.to(encoder.cls_token.device)
     images = encoder(views, {View.GLOBAL_VISIBLE: objective.crops})
     predicted = objective.predict(Features(images, {}, encoder, None, None), views)[0].float()  # [B, R, 3 p p]

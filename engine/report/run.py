@@ -16,6 +16,7 @@ from ..config import RunConfig, load_config
 from ..data.beton_set import BetonSet
 from ..errors import UserError
 from ..evaluate import choose_branch
+from ..evaluate.features import image_tower
 from .curves import Entry, read_log
 from .samples import COUNT, Gallery, HeldOut, gather
 
@@ -69,7 +70,7 @@ class Run:
     @property
     def image_encoder(self) -> ImageEncoder:
         """Of the evaluated branch; choosing that makes sure that it has one."""
-        return self.branch.image
+        return image_tower(self.branch)
 
     @cached_property
     def samples(self) -> int | None:
@@ -93,9 +94,8 @@ class Run:
     @property
     def total_steps(self) -> int | None:
         """Planned."""
-        per_epoch = self.steps_per_epoch
-        total = self.config.epochs * per_epoch if per_epoch else None
-        return min(total or self.config.max_steps, self.config.max_steps or total) if total else self.config.max_steps
+        total = self.config.epochs * (self.steps_per_epoch or 0)
+        return min(total, self.config.max_steps or total) if total else self.config.max_steps
 
     def forget_weights(self) -> None:
         """Free the model and the samples: a page may be about many runs."""

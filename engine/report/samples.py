@@ -29,6 +29,7 @@ from ..data.tokens import tokenize
 from ..data.views import StepViews
 from ..errors import UserError
 from ..evaluate.features import pixels
+from ..shipped import shipped_data
 
 COUNT = 8
 """Samples shown of one run or two; of more runs fewer, so that the page stays a page."""
@@ -206,6 +207,6 @@ def readable(tokens: Tensor) -> str:
 
 def licence_note(sources: list[str]) -> str:
     """Which files beside the sources say how their pictures may be used."""
-    folders = dict.fromkeys(Path(source).parent for source in sources)
-    notes = sorted(str(p) for folder in folders for p in folder.glob("LICENSE*.md"))
+    beside = {path.parent: shipped_data(path).parent.glob("LICENSE*.md") for path in map(Path, sources)}
+    notes = sorted(str(folder / note.name) for folder, found in beside.items() for note in found)
     return f" Licences and credits: {', '.join(notes)}." if notes else ""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import matplotlib
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ...harmony.heads import ProjectionHead
 from ...harmony.model import Branch
+from ...harmony.objectives.contrastive import Contrastive
 from ...harmony.objectives.self_distillation import SelfDistillation
 from ..data.labelled import LabelledSample
-from ..evaluate.features import class_tokens, image_embeddings, text_embeddings
+from ..evaluate.features import class_tokens, image_embeddings, image_tower, text_embeddings
 from .markup import Child, Markup, picture, tag
 from .run import Run
 from .samples import displayable, pick
@@ -40,7 +44,7 @@ def soft_targets(run: Run) -> Markup:
 
 def _captions(run: Run) -> list[Markup]:
     """Image to text: the teacher's targets, and the student's predictions."""
-    config, contrastive = run.config, run.model.objectives["contrastive"]
+    config, contrastive = run.config, cast(Contrastive, run.model.objectives["contrastive"])
     samples = run.held.pool[1]
     chosen = [samples[i] for i in pick(len(samples), SAMPLES, config.seed)]
     taught = similarities(run, run.model.teacher, chosen) / contrastive.config.soft_temperature
@@ -71,7 +75,7 @@ def similarities(run: Run, branch: Branch, samples: list[LabelledSample]) -> Ten
 
 def _prototypes(run: Run) -> Markup:
     """How far the teacher's targets of one crop agree with the student's predictions for another."""
-    views, objective = run.gallery.views, run.model.objectives["self_distillation"]
+    views, objective = run.gallery.views, cast(SelfDistillation, run.model.objectives["self_distillation"])
     seen = views.global_crops[0], views.global_crops[1] if len(views.global_crops) > 1 else views.local_crops[0]
     taught = prototype_scores(run.model.teacher, seen[0], objective, objective.config.teacher_temperature)
     learned = prototype_scores(run.model.student, seen[1], objective, objective.config.student_temperature)
@@ -91,10 +95,10 @@ def _prototypes(run: Run) -> Markup:
 @torch.inference_mode()
 def prototype_scores(branch: Branch, crops: Tensor, objective: SelfDistillation, temperature: float) -> Tensor:
     """Shares of the prototypes [B, K] in the class tokens of crops [B, 3, H, W]; the teacher's are centred."""
-    head = branch.heads["self_distillation"]
-    u = head.bottleneck(branch.image.features(crops.to(branch.image.cls_token.device))[:, 0])
+    head, encoder = cast(ProjectionHead, branch.heads["self_distillation"]), image_tower(branch)
+    u = head.bottleneck(encoder.features(crops.to(encoder.cls_token.device))[:, 0])
     scores = u.float() @ head.last_layer().float().T
-    if not branch.image.cls_token.requires_grad:  # only the teacher's never learn
+    if not encoder.cls_token.requires_grad:  # only the teacher's never learn
         scores = scores - objective.class_center.value
     return (scores / temperature).softmax(-1).cpu()
 

@@ -207,6 +207,10 @@ class Center(nn.Module):
     c <- momentum c + (1 - momentum) m, with m the mean over ranks and micro-batches of one optimizer step.
     """
 
+    value: Tensor
+    total: Tensor
+    count: Tensor
+
     def __init__(self, size: int, momentum: float) -> None:
         super().__init__()
         self.momentum = momentum
@@ -251,20 +255,25 @@ class DistillationConfig(ObjectiveConfig):
     layers: PositiveInt = 3
     """Linear layers of the head, before the prototypes."""
     student_temperature: PositiveFloat = 0.1
+    """Of the softmax over the student's scores."""
     teacher_temperature: PositiveFloat = 0.04
     """After the warm-up."""
     teacher_temperature_start: PositiveFloat = 0.04
+    """Of the teacher's scores, at the start of the warm-up."""
     temperature_epochs: int = Field(5, ge=0)
     """Length of the teacher temperatures' linear warm-up, epochs."""
     temperature_by_epoch: bool = False
     """Move the temperatures once an epoch (the authors' code) instead of with every step."""
     center_momentum: Fraction = 0.9
+    """Share of a center that stays in each step."""
     freeze_last_layer: int = Field(0, ge=0)
     """Epochs during which the student's prototypes stay fixed."""
 
 
 class Distillation(Objective):
     """An objective that distils prototype scores: a projection head with an EMA twin, and centers."""
+
+    config: DistillationConfig
 
     def __init__(self, config: DistillationConfig, width: int) -> None:
         """width: of the features that go into the head."""

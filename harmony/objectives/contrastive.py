@@ -74,6 +74,7 @@ class Contrastive(Objective):
     sigmoid loss of all pairs."""
 
     Config = ContrastiveConfig
+    config: ContrastiveConfig
     compares_samples = True
 
     def __init__(self, config: ContrastiveConfig, around: Surroundings) -> None:
@@ -156,6 +157,7 @@ class Contrastive(Objective):
 def embeddings(branch: Features) -> tuple[Tensor, Tensor]:
     """Unit vectors of images and texts [B, E] of one branch, fp32 or better."""
     caption = branch.captions[View.CAPTION]
+    assert branch.image_encoder is not None and branch.text_encoder is not None  # both have a view
     image = branch.image_encoder.project(branch.images[View.GLOBAL_PLAIN][0, :, 0])
     text = branch.text_encoder.project(caption.tokens[caption.last])
     return F.normalize(at_least_float(image), dim=-1), F.normalize(at_least_float(text), dim=-1)

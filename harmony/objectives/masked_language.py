@@ -15,6 +15,7 @@ class MaskedLanguageConfig(ObjectiveConfig):
     """Size of the decoder, which is as wide as the text encoder."""
 
     depth: PositiveInt = 4
+    """Transformer blocks of the decoder."""
 
 
 @register("masked_language")

@@ -19,8 +19,11 @@ class ReconstructionConfig(ObjectiveConfig):
     """Size of the decoder."""
 
     width: PositiveInt = 512
+    """Width of the decoder's tokens."""
     depth: PositiveInt = 8
+    """Transformer blocks of the decoder."""
     heads: PositiveInt = 16
+    """Attention heads of the decoder."""
     crops: PositiveInt | None = None
     """How many global crops are reconstructed; null: all. Their losses add up, as in the authors' code."""
     position_embedding: Literal["sincos", "zeros"] = "sincos"

@@ -48,6 +48,7 @@ class FeatureSearch(Distillation):
     view."""
 
     Config = FeatureSearchConfig
+    config: FeatureSearchConfig
 
     def __init__(self, config: FeatureSearchConfig, around: Surroundings) -> None:
         super().__init__(config, around.image_width)
@@ -75,7 +76,8 @@ class FeatureSearch(Distillation):
         if View.LOCAL in student.images:
             searches.append((student.images[View.LOCAL][:, :, 1:], list(range(self.crops))))
         layers, tau = (student.head.last_layer, teacher.head.last_layer), self.teacher_temperature(clock)
-        total, pairs, sharpness = 0.0, 0, 0.0
+        total = sharpness = places.new_zeros((), dtype=torch.float32)
+        pairs = 0
         for query, others in searches:
             if not others:
                 continue

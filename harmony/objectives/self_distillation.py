@@ -38,6 +38,7 @@ class SelfDistillationConfig(DistillationConfig):
     patch_temperature: PositiveFloat = 0.07
     """Of the teacher's patches, after the warm-up."""
     patch_temperature_start: PositiveFloat = 0.04
+    """Of the teacher's patches, at the start of the warm-up."""
     patch_center: Literal["masked", "all"] = "masked"
     """Which teacher patches move the patch center: those the student must predict, or all (the authors' code)."""
     freeze_last_layer: int = Field(1, ge=0)
@@ -55,6 +56,7 @@ class SelfDistillation(Distillation):
     """Cross-entropy between the teacher's centered, sharpened prototype scores and the student's."""
 
     Config = SelfDistillationConfig
+    config: SelfDistillationConfig
 
     def __init__(self, config: SelfDistillationConfig, around: Surroundings) -> None:
         super().__init__(config, around.image_width)
@@ -108,7 +110,7 @@ class SelfDistillation(Distillation):
         class_layers = student.head.last_layer, teacher.head.last_layer
         class_loss = self.cross_entropy(*rows, class_layers, self.class_center, tau)
         metrics["class"] = class_loss.detach()
-        if not self.patches:
+        if known_patches is None or self.patch_center is None or cfg.patch_weight is None:
             return Outcome(cfg.class_weight * class_loss, metrics)
 
         # Each image's mean over its masked patches, then the mean over all images and crops: without a mask, 0.
@@ -151,7 +153,7 @@ class SelfDistillation(Distillation):
         tokens, head = teacher.images[View.GLOBAL_PLAIN][: self.crops], teacher.head
         classes = head.bottleneck(tokens[:, :, 0])
         self.class_center.add_scores(classes.flatten(0, 1), head.last_layer)
-        if not self.patches:
+        if self.patch_center is None:
             return classes, None
         patches = tokens[:, :, 1:].flatten(0, 2)
         if self.config.patch_center == "all":

@@ -43,6 +43,7 @@ class TextDistillation(Distillation):
     """Cross-entropy between the teacher's prototype scores of a word and the student's where that word is masked."""
 
     Config = TextDistillationConfig
+    config: TextDistillationConfig
 
     def __init__(self, config: TextDistillationConfig, around: Surroundings) -> None:
         super().__init__(config, around.text_width)

@@ -70,6 +70,8 @@ def assert_same(one: Path, other: Path, ranks: int) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_ends_well(config: Path, tmp_path: Path, faults: Faults, number: int) -> None:
     folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "finished").touch()  # as a shorter run would have left it
     process = start("train", config, f"run_dir={folder}", "epochs=2000")
     wait_until_it_trains(process, folder)
     process.send_signal(number)

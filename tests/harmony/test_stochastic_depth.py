@@ -26,7 +26,7 @@ def factors(kept: Kept | None, tokens: int) -> Tensor:
     """What each token's branch is multiplied with: [T, 1]."""
     if kept is None:
         return torch.ones(tokens, 1, dtype=torch.float64)
-    return torch.zeros(tokens, 1, dtype=torch.float64).index_fill(0, kept.index, kept.scale)
+    return torch.zeros(tokens, 1, dtype=torch.float64).index_fill(0, kept.places, kept.scale)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.floats(0, 0.95), st.integers(0, 10**6))
@@ -55,10 +55,10 @@ def test_a_sequence_is_kept_whole_and_by_its_own_key(lengths: list[int], rate: f
     alone = [draw_kept(keys[i : i + 1], layout_for([n]), rate, 3, CPU)[-1][0].scale > 0 for i, n in enumerate(lengths)]
     expected = torch.tensor(alone)[number].nonzero().squeeze(1)
     if len(expected):
-        assert torch.equal(last.index, expected) and last.scale == pytest.approx(1 / (1 - rate))
+        assert torch.equal(last.places, expected) and last.scale == pytest.approx(1 / (1 - rate))
         assert torch.equal(last.layout.offsets.diff(), torch.tensor(lengths, dtype=torch.int32)[torch.tensor(alone)])
     else:
-        assert torch.equal(last.index, torch.arange(lengths[0])) and last.scale == 0
+        assert torch.equal(last.places, torch.arange(lengths[0])) and last.scale == 0
 
 
 def test_rates_grow_linearly_with_depth() -> None:
@@ -66,9 +66,9 @@ def test_rates_grow_linearly_with_depth() -> None:
     assert kept[0] == (None, None)
     for block, rate in zip(kept[1:], (0.1, 0.2, 0.3, 0.4), strict=True):
         for branch in block:
-            assert len(branch.index) / 4000 == pytest.approx(1 - rate, abs=0.03)
+            assert len(branch.places) / 4000 == pytest.approx(1 - rate, abs=0.03)
             assert branch.scale == pytest.approx(1 / (1 - rate))
-    assert not torch.equal(kept[-1][0].index, kept[-1][1].index)
+    assert not torch.equal(kept[-1][0].places, kept[-1][1].places)
 
 
 def test_dropped_branches_cost_nothing() -> None:
@@ -85,6 +85,6 @@ def test_dropped_branches_cost_nothing() -> None:
 
     only_attention = flops((None, mlp)) - flops((attention, mlp))
     only_mlp = flops((attention, None)) - flops((attention, mlp))
-    mlp_tokens = len(x) - len(mlp.index)
+    mlp_tokens = len(x) - len(mlp.places)
     assert only_mlp == 3 * 2 * mlp_tokens * 32 * (2 * 128)
-    assert only_attention >= 3 * 2 * (len(x) - len(attention.index)) * 32 * (4 * 32)
+    assert only_attention >= 3 * 2 * (len(x) - len(attention.places)) * 32 * (4 * 32)
