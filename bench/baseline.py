@@ -218,7 +218,7 @@ class FourPass:
         """A pass of the student's image tower over all of a view's crops, or over one."""
         crops = range(len(images) // views.batch_size) if crop is None else [crop]
         tower = there(self.student.image)
-        branches = drawn_branches(tower, view, views.drop_keys, crops, images)
+        branches = drawn_branches(tower, view, views, crops, images)
         return encode_images(tower, images, mask, kept, branches)[0]
 
     def _update(self, clock: Clock, scalars: Scalars) -> None:
@@ -246,16 +246,20 @@ class FourPass:
 
 
 def drawn_branches(
-    tower: ImageEncoder, view: View, keys: Tensor, crops: Sequence[int], like: Tensor
+    tower: ImageEncoder, view: View, views: Views, crops: Sequence[int], like: Tensor
 ) -> Branches | None:
     """The draws of stochastic depth that the packed pass makes, as factors: what is dropped is computed and multiplied
-    with 0. keys: int64 [B] on the host."""
+    with 0. A masked crop of which nothing is masked has the draw of the plain one."""
     rate, depth = tower.config.drop_path, len(tower.blocks)
     if not rate:
         return None
-    by_view = split(keys, len(View))[:, list(View).index(view)]
-    by_crop = split(by_view, max(crops) + 1).T[list(crops)].flatten()
-    drawn = uniform(by_crop, 2 * depth).unflatten(-1, (depth, 2))
+    by_view = dict(zip(View, split(views.drop_keys, len(View)).unbind(-1), strict=True))
+    keys = {v: split(k, max(crops) + 1).T[list(crops)].flatten() for v, k in by_view.items()}
+    if view is View.GLOBAL_MASKED:
+        hidden = torch.zeros(views.block_mask.shape[:2], dtype=torch.bool)
+        hidden.view(-1)[views.hidden_crops] = True
+        keys[view] = torch.where(hidden[list(crops)].flatten(), keys[view], keys[View.GLOBAL_PLAIN])
+    drawn = uniform(keys[view], 2 * depth).unflatten(-1, (depth, 2))
     rates = [rate * i / max(depth - 1, 1) for i in range(depth)]
     factors = [((drawn[:, i] >= r) / (1 - r)).to(like)[..., None, None] for i, r in enumerate(rates)]
     return [(f[:, 0], f[:, 1]) for f in factors]

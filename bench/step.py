@@ -166,7 +166,7 @@ def configured(kind: str, tower: str, micro: int, precision: str, overrides: Seq
 
 
 def tokens_a_sample(config: RunConfig) -> int:
-    """Image tokens of a sample in the student's packed pass."""
+    """Image tokens of a sample in the student's packed pass, if each of its crops has something masked."""
     v, patch = config.views, config.model.image.patch_size
     whole, small = 1 + (v.global_size // patch) ** 2, 1 + (v.local_size // patch) ** 2
     seen = 1 + round((whole - 1) * (1 - v.pixel_mask_ratio))

@@ -219,16 +219,24 @@ class ImageEncoder(nn.Module):
         names = [view for view in View if view.is_image and view in request]
         crops = max([request[v] for v in names if v is not View.LOCAL], default=0)
         embedded = self.embed(views.global_crops[:crops]) if crops else views.global_crops
-        sequences = {view: self._sequence(view, request[view], embedded, views) for view in names}
-        names.sort(key=lambda view: -sequences[view].shape[2])
-        groups = [sequences[view].flatten(0, 1) for view in names]
+        sequences = {view: self._sequence(view, request[view], embedded, views).flatten(0, 1) for view in names}
+        apart = _plain_apart(views, request, reads)
+        if apart is not None:
+            places = apart.to(embedded.device, non_blocking=True)
+            sequences[View.GLOBAL_PLAIN] = sequences[View.GLOBAL_PLAIN].index_select(0, places)
+        names.sort(key=lambda view: -sequences[view].shape[1])
+        groups = [sequences[view] for view in names]
         packed, layout = pack_dense(groups)
-        kept = self._stochastic_depth(views.drop_keys, names, request, layout)
+        kept = self._stochastic_depth(views, names, request, layout, apart)
         wanted = self._wanted(views, names, groups, reads)
         tokens = self.encode(packed, layout, kept, wanted)
         if wanted is not None:
             tokens = tokens.new_zeros(packed.shape).index_copy(0, wanted, tokens)
-        return {v: t.unflatten(0, (request[v], -1)) for v, t in zip(names, unpack_dense(tokens, groups), strict=True)}
+        features = dict(zip(names, unpack_dense(tokens, groups), strict=True))
+        if apart is not None:
+            shared = features[View.GLOBAL_MASKED][: request[View.GLOBAL_PLAIN] * views.batch_size]
+            features[View.GLOBAL_PLAIN] = shared.index_copy(0, places, features[View.GLOBAL_PLAIN])
+        return {view: flat.unflatten(0, (request[view], -1)) for view, flat in features.items()}
 
     def encode(
         self, tokens: Tensor, layout: Layout, kept: list[BranchesKept] | None = None, wanted: Tensor | None = None
@@ -328,15 +336,33 @@ class ImageEncoder(nn.Module):
         return grid[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)
 
     def _stochastic_depth(
-        self, keys: Tensor, names: list[View], request: Request, layout: Layout
+        self, views: Views, names: list[View], request: Request, layout: Layout, apart: Tensor | None
     ) -> list[BranchesKept] | None:
-        """What each block computes of the packed views `names`; None: everything. keys: int64 [B] on the host.
+        """What each block computes of the packed views `names`; None: everything. apart: see `_plain_apart`.
 
-        A draw belongs to (sample, view, crop, block): it does not depend on how samples are spread over ranks.
+        A draw belongs to (sample, view, crop, block): it does not depend on how samples are spread over ranks. A masked
+        view that hides nothing is the plain view, and has its draw.
         """
         if not (self.training and self.config.drop_path):
             return None
-        by_view = dict(zip(View, split(keys, len(View)).unbind(-1), strict=True))
-        sequences = torch.cat([split(by_view[view], request[view]).T.flatten() for view in names])
+        by_view = dict(zip(View, split(views.drop_keys, len(View)).unbind(-1), strict=True))
+        keys = {view: split(by_view[view], request[view]).T.flatten() for view in names}
+        if View.GLOBAL_MASKED in keys:
+            masked, plain = keys[View.GLOBAL_MASKED], split(by_view[View.GLOBAL_PLAIN], request[View.GLOBAL_MASKED])
+            hidden = views.hidden_crops[views.hidden_crops < len(masked)]
+            keys[View.GLOBAL_MASKED] = plain.T.flatten().index_copy(0, hidden, masked[hidden])
+        if apart is not None:
+            keys[View.GLOBAL_PLAIN] = keys[View.GLOBAL_PLAIN][apart]
         device = self.cls_token.device
-        return draw_kept(sequences, layout, self.config.drop_path, len(self.blocks), device)
+        return draw_kept(torch.cat(list(keys.values())), layout, self.config.drop_path, len(self.blocks), device)
+
+
+def _plain_apart(views: Views, request: Request, reads: dict[View, Reads]) -> Tensor | None:
+    """The plain crops that need a sequence of their own beside the masked ones, as places in the flattened [crops, B]:
+    int64, on the host; None: all. The others are their masked view, of which nothing is masked."""
+    plain, masked = View.GLOBAL_PLAIN, View.GLOBAL_MASKED
+    if not 0 < request.get(plain, 0) <= request.get(masked, 0):
+        return None
+    if reads.get(plain, Reads.ALL) > reads.get(masked, Reads.ALL):
+        return None
+    return views.hidden_crops[views.hidden_crops < request[plain] * views.batch_size]

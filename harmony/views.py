@@ -294,6 +294,9 @@ class Views:
     """bool [G, B, P], true = replaced by the mask token"""
     block_index: Tensor
     """int64 [M]: places of the true entries in the flattened block_mask"""
+    hidden_crops: Tensor
+    """int64, on the host: places in the flattened [G, B] of the crops of which the block mask hides something; of the
+    others, `global.masked` is `global.plain`"""
     kept: Tensor
     """int64 [G, B, K]: patches the reconstruction sees"""
     removed: Tensor
@@ -313,9 +316,9 @@ class Views:
         return self.tokens.shape[0]
 
     def to(self, device: torch.device) -> Views:
-        """A copy on `device` (lengths and drop_keys stay on the host)."""
+        """A copy on `device` (what is said to be on the host stays there)."""
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        stay = ("lengths", "drop_keys")
+        stay = ("lengths", "drop_keys", "hidden_crops")
         return Views(**{n: t if n in stay else t.to(device, non_blocking=True) for n, t in parts.items()})
 
 
@@ -332,6 +335,7 @@ def assemble(global_crops: Tensor, local_crops: Tensor, masks: Masks, masked_wor
         lengths=caption_lengths(masks.tokens),
         block_mask=masks.block_mask,
         block_index=masks.block_mask.flatten().nonzero().squeeze(1),
+        hidden_crops=masks.block_mask.flatten(0, 1).any(1).nonzero().squeeze(1),
         kept=masks.kept,
         removed=masks.removed,
         caption_mask=masks.caption_mask,

@@ -79,3 +79,24 @@ def test_somebody_who_reads_everything_gets_it(tiny: dict) -> None:
     taught, _ = model.teach(views)
     whole, _ = model.teacher.encode(views, model.teacher_views)
     torch.testing.assert_close(taught[View.GLOBAL_PLAIN], whole[View.GLOBAL_PLAIN])
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_a_crop_of_which_nothing_is_masked_goes_through_once(
+    tiny: dict, drop_path: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(tiny, drop_path)
+    image, views, packed = model.student.image, views_of(model, 12), []
+    own = views.block_mask[0].any(1)
+    assert image is not None and 0 < own.sum() < len(own)
+    encode = image.encode
+    monkeypatch.setattr(image, "encode", lambda x, *rest: (packed.append(x.shape), encode(x, *rest))[1])
+    request, (crops, batch, patches) = {View.GLOBAL_PLAIN: 1, View.GLOBAL_MASKED: 2}, views.block_mask.shape
+    for reads in (READS, {}, {View.GLOBAL_PLAIN: Reads.ALL, View.GLOBAL_MASKED: Reads.MASKED}):
+        together = image(views, request, reads)
+        wanted = sum(r is Reads.ALL for r in reads.values())  # of the plain view, what the masked one has not
+        assert packed.pop() == ((crops * batch + (batch if wanted else int(own.sum()))) * (1 + patches), 32)
+        for view, features in together.items():
+            alone = image(views, {view: request[view]}, reads)[view]
+            torch.testing.assert_close(features, alone, rtol=1e-11, atol=1e-12)
+            packed.pop()
