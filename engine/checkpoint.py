@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -220,8 +220,18 @@ def consolidated_weights(zero: Zero, ema: ShardedEma) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in state.items()}
 
 
-def load_run(run_dir: Path, device: torch.device | str = "cpu") -> tuple[RunConfig, Harmony]:
-    """Configuration and model (fp32, evaluation mode) of a run's newest checkpoint, for evaluation and reports.
+class LoadedRun(NamedTuple):
+    """A run as it is at one of its checkpoints."""
+
+    config: RunConfig
+    model: Harmony
+    """fp32, evaluation mode"""
+    checkpoint: Path
+    """The folder `step-00000200` it comes from"""
+
+
+def load_run(run_dir: Path, device: torch.device | str = "cpu") -> LoadedRun:
+    """A run's newest checkpoint with whole weights, for evaluation and reports.
 
     Raises UserError if the folder is not a run, has no checkpoint, or its weights do not fit its configuration.
     """
@@ -243,4 +253,4 @@ def load_run(run_dir: Path, device: torch.device | str = "cpu") -> tuple[RunConf
         raise UserError(
             f"{path}: does not fit {run_dir / 'config.yaml'}: {' '.join(str(error).split())[:300]}"
         ) from None
-    return config, model.to(device).eval()
+    return LoadedRun(config, model.to(device).eval(), found)

@@ -13,7 +13,6 @@ from rich.table import Table
 
 from ...harmony.model import Harmony
 from ..checkpoint import load_run
-from ..checkpoint_folder import CheckpointFolder
 from ..config import RunConfig, with_overrides
 from ..data.labelled import LabelledSample
 from ..data.pictures import PictureSet, Reading, open_pictures
@@ -63,11 +62,9 @@ def load_towers(path: Path, overrides: list[str]) -> tuple[RunConfig, Towers, di
         if wanted.evaluate.branch != config.evaluate.branch:
             raise UserError(f"{file}: holds the {config.evaluate.branch}, not the {wanted.evaluate.branch}")
         return wanted, towers, about(wanted, file.name, config.evaluate.branch)
-    config, model = load_run(path, device)
+    config, model, checkpoint = load_run(path, device)
     config = with_overrides(config, overrides)
     branch = choose_branch(config, model)
-    checkpoint, _ = CheckpointFolder(path).newest([])
-    assert checkpoint is not None  # load_run found one
     return config, branch, about(config, checkpoint.name, "teacher" if branch is model.teacher else "student")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...harmony.image_encoder import ImageEncoder
 from ...harmony.text_encoder import TextEncoder
 from ..checkpoint import load_run
-from ..checkpoint_folder import CheckpointFolder, step_of
+from ..checkpoint_folder import step_of
 from ..config import RunConfig
 from ..errors import UserError
 from ..evaluated import ABOUT, METRICS, choose_branch, known_metrics
@@ -95,7 +95,7 @@ def read_source(run_dir: Path, branch: str | None) -> Source:
 
     Raises UserError where there is no checkpoint, or no such branch with an image tower.
     """
-    config, model = load_run(run_dir)
+    config, model, checkpoint = load_run(run_dir)
     if branch not in (None, "teacher", "student"):
         raise UserError(f"unknown branch '{branch}'; teacher or student")
     chosen = getattr(model, branch) if branch else choose_branch(config, model)
@@ -109,15 +109,8 @@ def read_source(run_dir: Path, branch: str | None) -> Source:
     metrics = {task: found for task, found in known.items() if about.get(task, {}).get("branch", became) == became}
     return Source(
         run_dir.resolve().name, config, chosen.image, chosen.text, became, _scalar(scale), _scalar(bias),
-        _steps_done(run_dir), metrics, about,
+        step_of(checkpoint), metrics, about,
     )  # fmt: skip
-
-
-def _steps_done(run_dir: Path) -> int:
-    """As the newest checkpoint's name says, `step-00000200`."""
-    checkpoint, _ = CheckpointFolder(run_dir).newest([])
-    assert checkpoint is not None  # load_run found one
-    return step_of(checkpoint)
 
 
 def _scalar(value: Tensor | None) -> Tensor | None:

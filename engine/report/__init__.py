@@ -16,7 +16,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.status import Status
 
-from ..checkpoint_folder import CheckpointFolder
 from ..errors import UserError
 from .curves import objective_name
 from .markup import Child, Markup, Section, absent, attempt, lead, page, run_name, tag
@@ -81,10 +80,9 @@ def _footer(runs: list[Run]) -> Child:
 
 def _checkpoint(run: Run) -> str:
     try:
-        found = CheckpointFolder(run.folder).newest([])[0]
-    except UserError:
-        return "no checkpoint that can be read"
-    return f"checkpoint {found.name}" if found else "no checkpoint yet"
+        return f"checkpoint {run.loaded.checkpoint.name}"
+    except UserError as error:
+        return str(error)
 
 
 def _numbers(runs: list[Run]) -> list[Section]:

@@ -11,7 +11,7 @@ import torch
 
 from ...harmony.image_encoder import ImageEncoder
 from ...harmony.model import Branch, Harmony
-from ..checkpoint import load_run
+from ..checkpoint import LoadedRun, load_run
 from ..config import RunConfig, load_config
 from ..data.beton_set import BetonSet
 from ..errors import UserError
@@ -43,9 +43,14 @@ class Run:
             return Harmony(self.config)
 
     @cached_property
+    def loaded(self) -> LoadedRun:
+        """The newest checkpoint."""
+        return load_run(self.folder, "cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
     def model(self) -> Harmony:
         """The newest checkpoint's."""
-        return load_run(self.folder, "cuda" if torch.cuda.is_available() else "cpu")[1]
+        return self.loaded.model
 
     @cached_property
     def gallery(self) -> Gallery:

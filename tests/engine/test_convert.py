@@ -136,7 +136,7 @@ def test_the_fixture_s_names_go_in_and_come_back(golden: Weights, tmp_path: Path
     config, report = to_run([path], tmp_path / "run", HEADS)
     gains = sum(name.endswith("weight_g") for name in golden)
     assert (report.placed, report.kept, report.fresh) == (len(golden) - gains, [], [])
-    _, model = load_run(tmp_path / "run")
+    model = load_run(tmp_path / "run").model
     state = model.state_dict()
     assert set(state) == {our_name(name) for name in golden if not name.endswith("weight_g")}
     for name, value in golden.items():
@@ -201,7 +201,7 @@ def test_towers_alone(golden: Weights, tmp_path: Path, which: str, objective: st
     assert list(config.objectives.active()) == [objective]
     assert sorted(report.kept) == kept
     assert all(name.startswith(f"objectives.{objective}.") for name in report.fresh) and report.fresh
-    _, model = load_run(tmp_path / "run")
+    model = load_run(tmp_path / "run").model
     assert not list(model.teacher.parameters())
     if "vit" in which:
         assert torch.equal(model.student.image.cls_token, golden["teacher.image.cls_token"])

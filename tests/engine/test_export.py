@@ -55,7 +55,7 @@ def images() -> torch.Tensor:
 
 @torch.inference_mode()
 def test_timm_gives_the_same_features(run: Path, images: torch.Tensor, tmp_path: Path) -> None:
-    config, model = load_run(run)
+    config, model, _ = load_run(run)
     expected = choose_branch(config, model).image.features(images)
     file = export(run, "timm", tmp_path / "out")
     arguments = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -77,7 +77,7 @@ def test_a_named_size_needs_no_arguments(tiny: dict, tmp_path: Path) -> None:
     tiny["views"] |= {"global_size": 224, "local_size": 96}
     run = save_run(tmp_path / "run", tiny)
     images = torch.randn(1, 3, 224, 224)
-    _, model = load_run(run)
+    model = load_run(run).model
     file = export(run, "timm", tmp_path / "weights" / "vit.safetensors")
     assert file == tmp_path / "weights" / "vit.safetensors" and file.with_suffix(".md").is_file()
     overlay = {"file": str(file)}
@@ -95,7 +95,7 @@ def test_a_named_size_needs_no_arguments(tiny: dict, tmp_path: Path) -> None:
 def test_open_clip_gives_the_same_embeddings(
     run: Path, images: torch.Tensor, picture: Callable, tmp_path: Path
 ) -> None:
-    config, model = load_run(run)
+    config, model, _ = load_run(run)
     export(run, "open_clip", tmp_path / "out")
     theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
     tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'out'}")(WORDS)
@@ -116,7 +116,7 @@ def test_open_clip_gives_the_same_embeddings(
 def test_transformers_gives_the_same_embeddings(
     run: Path, images: torch.Tensor, picture: Callable, tmp_path: Path
 ) -> None:
-    config, model = load_run(run)
+    config, model, _ = load_run(run)
     export(run, "hf", tmp_path / "out")
     theirs, info = transformers.AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
@@ -137,7 +137,7 @@ def test_a_run_without_text(tiny: dict, images: torch.Tensor, tmp_path: Path) ->
     tiny["objectives"] = {"self_distillation": tiny["objectives"]["self_distillation"]}
     run = save_run(tmp_path / "run", tiny)
     export(run, "hf", tmp_path / "out")
-    _, model = load_run(run)
+    model = load_run(run).model
     theirs = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()
     expected = model.teacher.image.features(images)
     torch.testing.assert_close(theirs(images).last_hidden_state, expected, **TOLERANCE)
@@ -160,7 +160,7 @@ def test_the_documented_backbone_works(tiny: dict, tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("branch", ["teacher", "student"])
 def test_what_was_exported_comes_back(run: Path, images: torch.Tensor, tmp_path: Path, form: str, branch: str) -> None:
-    config, model = load_run(run)
+    config, model, _ = load_run(run)
     if form == "open_clip" and getattr(model, branch).image.contrastive_projection is None:
         with pytest.raises(UserError, match="open_clip needs both towers"):
             export(run, form, branch=branch)

@@ -69,7 +69,8 @@ def test_any_damaged_file_is_found_out(copied: Path, faults: Faults, how: Callab
 def test_training_goes_on_from_the_one_before(copied: Path, config: Path, faults: Faults) -> None:
     flip(newest(copied) / "weights.safetensors")
     cut(copied / "checkpoints" / f"step-{STEPS - 1:08d}" / "ema-rank-0.pt")
-    assert load_run(copied)[0].max_steps == STEPS  # whose own file, the weights, is whole in the one before
+    loaded = load_run(copied)  # it reads the weights alone, which are whole in the one before
+    assert (loaded.config.max_steps, loaded.checkpoint.name) == (STEPS, f"step-{STEPS - 1:08d}")
     words = (f"run_dir={copied}", f"max_steps={STEPS}")
     message = run("train", config, *words)
     assert message.count("is damaged") == 2 and f"resumed at step {STEPS - 2} of {STEPS}" in message
