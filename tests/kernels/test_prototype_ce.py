@@ -81,10 +81,11 @@ def compare(
     torch.testing.assert_close(loss.double(), right, rtol=min(tolerance, 5e-6), atol=min(tolerance, 5e-6))
     (-3 * loss).backward()  # not 1: the gradient that comes in counts
     (-3 * right).backward()
-    for name in learned:
+    for name, other in zip(learned, reversed(learned), strict=True):
         assert ours[name].grad.dtype == dtype
         weight = 1 / len(tensors["student"]) if row_weight is None else row_weight.abs().max().item()
-        size = max(theirs[name].grad.abs().max().item(), weight / temperatures[0])  # of the terms, where sums cancel
+        term = weight / temperatures[0] * max(theirs[other].detach().abs().max().item(), 1.0)  # where sums cancel
+        size = max(theirs[name].grad.abs().max().item(), term)
         error = (ours[name].grad.double() - theirs[name].grad).abs().max().item() / size
         assert error <= tolerance, f"{name}: error {error:.1e} of {size:.1e}"
 
