@@ -32,13 +32,12 @@ class Counted:
 
 
 def imagined_views(config: RunConfig) -> Views:
-    """A batch without contents: `data.batch_size` samples with captions of `memory.CAPTION_TOKENS` tokens."""
-    samples, v = imagined_samples(config, 1), config.views
-    masks = draw_masks(
-        v, config.model.image.patch_size, samples.tokens, samples.index, config.seed, 0, v.pixel_mask_ratio
-    )
+    """A batch without contents: the first `data.batch_size` samples, captions of `memory.CAPTION_TOKENS` tokens."""
+    tokens, v = imagined_samples(config, 1).tokens, config.views
+    index, ratio = torch.arange(len(tokens)), v.pixel_mask_ratio
+    masks = draw_masks(v, config.model.image.patch_size, tokens, index, config.seed, 0, ratio)
     global_crops, local_crops = (
-        torch.empty(count, len(samples.index), 3, side, side, device="meta")
+        torch.empty(count, len(index), 3, side, side, device="meta")
         for count, side in ((v.global_crops, v.global_size), (v.local_crops, v.local_size))
     )
     return assemble(global_crops, local_crops, masks).to(torch.device("meta"))

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..harmony.model import Harmony
 from ..harmony.objectives import Collectives
 from ..harmony.schedules import Clock
-from ..harmony.views import Views, assemble, draw_masks
+from ..harmony.views import Views, assemble, draw_block_masks, draw_masks
 from ..kernels import dispatch
 from .accumulate import accumulate
 from .backends import DTYPES, settle_precision
@@ -172,7 +172,11 @@ def _name_parts(live: LiveBytes, model: Harmony) -> None:
 
 
 def imagined_samples(config: RunConfig, ranks: int) -> RawBatch:
-    """A rank's samples without contents; captions of `CAPTION_TOKENS` tokens."""
+    """A rank's samples without contents; captions of `CAPTION_TOKENS` tokens.
+
+    They are such that every plain crop needs a sequence of its own, where half of them do without on average: what has
+    room for these has room for any.
+    """
     own, v, text = config.data.batch_size // ranks, config.views, config.model.text
     tokens = torch.zeros(own, text.context, dtype=torch.int64)
     tokens[:, : min(CAPTION_TOKENS, text.context)] = 1
@@ -181,7 +185,9 @@ def imagined_samples(config: RunConfig, ranks: int) -> RawBatch:
         torch.empty(own, count, side, side, 3, dtype=torch.uint8, device="meta")
         for count, side in ((v.global_crops, v.global_size), (v.local_crops, v.local_size))
     )
-    return RawBatch(global_crops, local_crops, tokens, torch.arange(own))
+    index = torch.arange(3 * own + 64)
+    hidden = draw_block_masks(v, config.model.image.patch_size, index, config.seed, 0)[0].any(1)
+    return RawBatch(global_crops, local_crops, tokens, torch.cat([index[hidden], index[~hidden]])[:own])
 
 
 class _Ranks(Collectives):

@@ -261,21 +261,23 @@ def draw_masks(
     tokens: int64 [B, C]; index: int64 [B], the samples' places in the data set; both on the host. ratio: share of
     patches removed for the reconstruction (see `pixel_ratio`).
     """
-    side, crops = config.global_size // patch_size, config.global_crops
-
     def keys(purpose: Purpose) -> Tensor:
         return sample_keys(seed, epoch, index, purpose)
 
-    block = block_masks(
-        split(keys(Purpose.BLOCK_MASK), crops).T, side, config.block_ratios, config.block_ratio_spreads,
-        config.block_aspect,
-    )  # fmt: skip
-    kept, removed = pixel_masks(split(keys(Purpose.PIXEL_MASK), crops).T, side * side, ratio)
+    block = draw_block_masks(config, patch_size, index, seed, epoch)
+    kept, removed = pixel_masks(split(keys(Purpose.PIXEL_MASK), config.global_crops).T, block.shape[-1], ratio)
     if config.caption_cut_ratio:
         tokens = cut_captions(keys(Purpose.CAPTION_CUT), tokens, config.caption_cut_ratio, config.caption_separators)
     lengths = caption_lengths(tokens)
     words = caption_masks(keys(Purpose.CAPTION_MASK), lengths, tokens.shape[1], config.caption_mask_ratio)
     return Masks(tokens, block, kept, removed, words, keys(Purpose.DROP_PATH))
+
+
+def draw_block_masks(config: ViewsConfig, patch_size: int, index: Tensor, seed: int, epoch: int) -> Tensor:
+    """The block masks of `draw_masks`: bool [G, B, P]."""
+    keys = split(sample_keys(seed, epoch, index, Purpose.BLOCK_MASK), config.global_crops).T
+    side, c = config.global_size // patch_size, config
+    return block_masks(keys, side, c.block_ratios, c.block_ratio_spreads, c.block_aspect)
 
 
 @dataclass(frozen=True)
