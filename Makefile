@@ -21,7 +21,7 @@ test: setup  ## Run the tests
 	.venv/bin/python -m pytest --ignore tests/faults --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-faults: setup  ## Interrupt, damage and starve runs, and count what is lost
-	.venv/bin/python -m pytest tests/faults -m '' --numprocesses auto --maxprocesses 2 --dist loadfile
+	.venv/bin/python -m pytest tests/faults -m '' --numprocesses auto --maxprocesses 2 --dist worksteal
 
 lint: setup  ## Check style and types
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[lint]'

@@ -196,9 +196,18 @@ def checkpoints(report: dict[str, Any]) -> str:
     )
 
 
+def faults(report: dict[str, Any]) -> str:
+    """How many were caused, and what was lost."""
+    counts = report["faults"].values()
+    return (
+        f"Its last whole run here caused {sum(c['injected'] for c in counts)} faults of {len(counts)} kinds, and lost "
+        f"{sum(c['lost'] for c in counts)} steps, samples or runs."
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "loader": loader, "demo": demo, "aot": aot, "step": step, "kernels": kernels, "scaling": memory_table,
-    "hours": hours_table, "plan": plan, "checkpoints": checkpoints,
+    "hours": hours_table, "plan": plan, "checkpoints": checkpoints, "faults": faults,
 }  # fmt: skip
 """What makes the part of each name"""
 

@@ -1,7 +1,9 @@
 """Counting the faults that tests inject, and what was lost by them."""
 
+import json
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from counting import Faults
@@ -13,7 +15,12 @@ def faults(record_property: Callable[[str, object], None]) -> Faults:
     return Faults(record_property)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--faults-json bench/results/faults.json: what the documentation quotes."""
+    parser.addoption("--faults-json", type=Path, help="write the counts of faults and losses there, too")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """The table of faults."""
     count, lost = Counter(), Counter()
     for report in (r for reports in terminalreporter.stats.values() for r in reports):
@@ -26,3 +33,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for kind, number in sorted(count.items()):
             terminalreporter.line(f"{kind:40} {number:6} injected {lost[kind]:6} lost")
         terminalreporter.line(f"{'all':40} {count.total():6} injected {lost.total():6} lost")
+        if path := config.getoption("--faults-json", None):
+            counts = {kind: {"injected": number, "lost": lost[kind]} for kind, number in sorted(count.items())}
+            path.write_text(json.dumps({"faults": counts}, indent=1) + "\n")

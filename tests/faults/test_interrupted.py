@@ -64,7 +64,7 @@ def assert_same(one: Path, other: Path, ranks: int) -> None:
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     else:
         for ours, theirs in zip(losses(one), losses(other), strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-5)
+            assert ours == pytest.approx(theirs, rel=1e-6)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
