@@ -2,7 +2,8 @@
 
 For each: the largest micro-batch in bf16 without offload, found with every block checkpointed, packed or split passes,
 and fp32 or 8-bit optimizer states; and the samples per second that are expected of the best plan, offload included, for
-the paper's batch of 768, by data sheets. Writes plan.json to bench/results/ and prints the table in markdown.
+the paper's batch of 768, by data sheets. Writes plan.json to bench/results/ row by row, going on where it was
+interrupted at the same commit, and prints the table in markdown.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..engine.config import RunConfig, load_config, with_overrides
+from ..engine.disk import write_synced
 from ..engine.memory import Passes, memory_of
 from ..engine.plan import Budget, Planner
 from ..engine.rates import rates_for
@@ -51,17 +53,32 @@ class Setting(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Go through all of it; the exit status is 0."""
     options = _parse(arguments)
-    rows = []
+    batch = load_config(options.config).data.batch_size
+    found: dict[str, Any] = {"commit": commit(), "batch": batch, "cards_gib": list(options.cards), "rows": []}
+    done = _rows_of(options.out, found)
     for tower, ranks in product(options.towers, options.ranks):
         config = load_config(options.config, [f"model.image.name={tower}"])
-        cells = dict(_cells(config, ranks, options.cards))
-        rows.append({"tower": tower, "gpus": ranks, "cells": cells})
-        print(_row(rows[-1]), flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    found = {"commit": commit(), "batch": config.data.batch_size, "cards_gib": options.cards, "rows": rows}
-    options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        cells = done.get((tower, ranks)) or dict(_cells(config, ranks, options.cards))
+        found["rows"].append({"tower": tower, "gpus": ranks, "cells": cells})
+        write_synced(options.out, (json.dumps(found, indent=1) + "\n").encode())
+        print(_row(found["rows"][-1]), flush=True)
     print(f"\n{markdown(found)}\nresults in {options.out}")
     return 0
+
+
+def _rows_of(path: Path, like: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
+    """Rows of a file that the same command was writing: cells by tower and cards."""
+
+    def of(report: dict[str, Any]) -> list[Any]:  # the file itself may be what differs from the commit
+        return [report["commit"].removesuffix("+"), report["batch"], report["cards_gib"]]
+
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if of(found) == of(like):
+            return {(row["tower"], row["gpus"]): row["cells"] for row in found["rows"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return {}
 
 
 def markdown(found: dict[str, Any]) -> str:
