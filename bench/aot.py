@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..kernels.aot import SHARED_LIMIT, AotCase, compile_case, fingerprint
-from .machine import ROOT, versions
+from .machine import RESULTS, versions
 
 MODULES = ("masked_attention_triton", "contrastive_triton", "prototype_ce_triton", "ema_triton")
 CAPABILITIES = (80, 90, 100)
-RESULTS = ROOT / "bench" / "results" / "aot.json"
+COMMITTED = RESULTS / "aot.json"
 CONSUMER_LIMIT = SHARED_LIMIT[89]
 
 
@@ -169,7 +169,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="harmony-fast bench aot", description=__doc__.split("\n\n")[1])
-    parser.add_argument("--json", type=Path, help=f"write the table here (the committed one: {RESULTS.name})")
+    parser.add_argument("--json", type=Path, help=f"write the table here (the committed one: {COMMITTED})")
     parser.add_argument("--fresh", action="store_true", help="compile what is unchanged as well")
     parser.add_argument("--match", default="", help="only cases whose name contains this")
     parser.add_argument(

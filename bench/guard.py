@@ -33,10 +33,10 @@ from ..harmony.objectives.masked_language import MaskedLanguage
 from ..harmony.objectives.reconstruction import Reconstruction
 from ..kernels import dispatch
 from .counts import CLOCK, imagined_views
-from .machine import ROOT
+from .machine import RESULTS
 
 T = TypeVar("T")
-COMMITTED = ROOT / "bench" / "results" / "guard.json"
+COMMITTED = RESULTS / "guard.json"
 CONFIGS = Path(__file__).parents[1] / "configs"
 BATCH = 8
 SMALL = [

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = (ROOT / "bench" if (ROOT / "pyproject.toml").is_file() else Path("bench")) / "results"
+"""Of the checkout; where the package is installed without one, of the working folder"""
 PACKAGES = ("triton", "deepspeed", "xformers", "liger_kernel", "inf_cl", "flash_attn")
 
 
@@ -66,9 +68,8 @@ def machine_name() -> str:
 
 
 def results_folder() -> Path:
-    """bench/results/<machine> of the checkout; of the working folder where the package is installed without one."""
-    base = ROOT / "bench" if (ROOT / "pyproject.toml").is_file() else Path("bench")
-    return base / "results" / machine_name()
+    """The folder of this machine's results."""
+    return RESULTS / machine_name()
 
 
 def usable_cores() -> int:

@@ -23,7 +23,7 @@ from ..engine.plan import Budget, Planner
 from ..engine.rates import rates_for
 from ..engine.sizes import GIB
 from ..engine.walks import Walks
-from .machine import ROOT, commit
+from .machine import RESULTS, ROOT, commit
 
 TOWERS = ("ViT-S/16", "ViT-B/16", "ViT-L/16")
 CARDS, RANKS = (8, 12, 16, 24, 40, 80, 141), (1, 2, 4, 8)
@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     batch = load_config(options.config).data.batch_size
     found: dict[str, Any] = {"commit": commit(), "batch": batch, "cards_gib": list(options.cards), "rows": []}
     done = _rows_of(options.out, found)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     for tower, ranks in product(options.towers, options.ranks):
         config = load_config(options.config, [f"model.image.name={tower}"])
         cells = done.get((tower, ranks)) or dict(_cells(config, ranks, options.cards))
@@ -147,7 +148,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--towers", nargs="+", default=TOWERS, help="default: %(default)s")
     parser.add_argument("--cards", type=int, nargs="+", default=CARDS, help="GiB, default: %(default)s")
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="cards, default: %(default)s")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "plan.json", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "plan.json", help="default: %(default)s")
     return parser.parse_args(arguments)
 
 

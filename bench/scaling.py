@@ -25,7 +25,7 @@ from ..engine.memory import go_through
 from ..engine.plan import Plan, Planner, Shape, seconds
 from ..engine.rates import SHARE_REACHED, Rates, rates_for
 from ..engine.scaling import Sizes, held_bytes, sent_bytes
-from .machine import ROOT
+from .machine import RESULTS
 from .scaling_report import hours_table, memory_table
 
 TOWERS = {
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, default=default, help="default: %(default)s")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8], help="default: %(default)s")
     parser.add_argument("--only", choices=("scaling", "hours"), nargs="+", default=["scaling", "hours"])
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     if "scaling" in options.only:

@@ -17,12 +17,11 @@ from typing import Any
 
 from ..engine.errors import UserError
 from .loader import AUTHORS, OURS, OURS_AUGMENTED, STREAMED, TEN
-from .machine import ROOT
+from .machine import RESULTS, ROOT
 from .plan import markdown as plan_table
 from .scaling_report import hours_table, memory_table
 from .step import OURS as OUR_STEP
 
-RESULTS = ROOT / "bench" / "results"
 PART = re.compile(r"(<!-- bench: (\S+)(?: (\S+))? -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 
 

@@ -22,7 +22,7 @@ def test_it_goes_on_where_it_was_interrupted(
         yield from ((str(card), {"largest_micro_batch": card * ranks, "samples_per_second": 1.0}) for card in cards)
 
     monkeypatch.setattr(plan, "_cells", cells)
-    out = tmp_path / "plan.json"
+    out = tmp_path / "new" / "plan.json"
     command = ["--towers", "ViT-S/16", "--cards", "8", "24", "--out", str(out)]
     with pytest.raises(KeyboardInterrupt):
         plan.main(command)

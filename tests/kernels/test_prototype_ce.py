@@ -81,13 +81,28 @@ def compare(
     torch.testing.assert_close(loss.double(), right, rtol=min(tolerance, 5e-6), atol=min(tolerance, 5e-6))
     (-3 * loss).backward()  # not 1: the gradient that comes in counts
     (-3 * right).backward()
-    for name, other in zip(learned, reversed(learned), strict=True):
+    terms = sizes_of_terms(**theirs, **taus, row_weight=row_weight)
+    for name in learned:
         assert ours[name].grad.dtype == dtype
-        weight = 1 / len(tensors["student"]) if row_weight is None else row_weight.abs().max().item()
-        term = weight / temperatures[0] * max(theirs[other].detach().abs().max().item(), 1.0)  # where sums cancel
-        size = max(theirs[name].grad.abs().max().item(), term)
+        size = max(theirs[name].grad.abs().max().item(), terms[name])
         error = (ours[name].grad.double() - theirs[name].grad).abs().max().item() / size
         assert error <= tolerance, f"{name}: error {error:.1e} of {size:.1e}"
+
+
+@torch.no_grad()
+def sizes_of_terms(
+    student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor, center: Tensor, *,
+    student_temperature: float, teacher_temperature: float, row_weight: Tensor | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """What a gradient adds up, signs left out: errors are measured against it where p - q or a sum cancels."""
+    p = (student @ student_weight.T / student_temperature).softmax(1)
+    q = ((teacher @ teacher_weight.T - center) / teacher_temperature).softmax(1)
+    rows = torch.full((len(p),), 1 / len(p), dtype=p.dtype) if row_weight is None else row_weight.abs().to(p.dtype)
+    each = rows[:, None] * (p + q) / student_temperature
+    return {
+        "student": (each @ student_weight.abs()).max().item(),
+        "student_weight": (each.T @ student.abs()).max().item(),
+    }
 
 
 shapes = {
