@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ..kernels import flops as _flops  # noqa: F401 - registers our operators
+from . import meta_outputs
 
 GRADIENTS = "gradients"
 
@@ -75,7 +76,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run, and take note of what comes out."""
-        out = func(*args, **(kwargs or {}))
+        out = meta_outputs.call(func, args, kwargs or {})
         self.calls += 1
         if count := flop_registry.get(func._overloadpacket):
             self.flops += count(*args, **(kwargs or {}), out_val=out)

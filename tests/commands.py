@@ -6,25 +6,36 @@ import subprocess
 import sys
 from pathlib import Path
 
+from harmony_fast.engine.host_memory import TUNABLES, VARIABLE
+from warm import Warm
+
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "harmony_fast.engine.cli"]
 FAULTY = [sys.executable, str(ROOT / "tests" / "faults" / "faulty.py")]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+SETTINGS = ":".join(f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items())
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", VARIABLE: SETTINGS}  # so that no command starts itself again
 
 
-def start(*arguments: object, command: list[str] = COMMAND, **environment: object) -> subprocess.Popen:
+def start(*arguments: object, command: list[str] = COMMAND, **environment: object) -> Warm:
     words, variables = [*command, *map(str, arguments)], {name: str(value) for name, value in environment.items()}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(words, **pipes, env={**ENVIRONMENT, **variables})
+    return Warm(words, {**ENVIRONMENT, **variables})
+
+
+def call(
+    *arguments: object, command: list[str] = COMMAND, timeout: float = 280, **environment: object
+) -> subprocess.CompletedProcess[str]:
+    process = start(*arguments, command=command, **environment)
+    out, err = process.communicate(timeout)
+    return subprocess.CompletedProcess(process.command, process.returncode, out, err)
 
 
 def run(*arguments: object, fails: bool = False, command: list[str] = COMMAND) -> str:
-    process = start(*arguments, command=command)
-    out, err = process.communicate(timeout=240)
-    assert (process.returncode != 0) == fails, err[-3000:]
+    """What it prints; it must fail with a message, or succeed."""
+    ended = call(*arguments, command=command)
+    assert (ended.returncode != 0) == fails, ended.stderr[-3000:]
     if fails:
-        assert "Traceback" not in err, err
-    return out + err
+        assert "Traceback" not in ended.stderr, ended.stderr
+    return ended.stdout + ended.stderr
 
 
 def log(run_dir: Path) -> list[dict]:

@@ -1,6 +1,7 @@
 """The package list against the folders, the import rule, what is committed, and what is in wheel and sdist."""
 
 import ast
+import importlib
 import json
 import re
 import shutil
@@ -170,3 +171,12 @@ def test_the_changelog_begins_with_this_version() -> None:
 
     released = re.findall(r"^## \[?([\d.]+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert released[0] == harmony_fast.__version__
+
+
+def test_the_folder_found_as_another_package_defines_no_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers looks for a package named kernels. Operators defined twice are operators in memory that is gone."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    found = importlib.import_module("kernels")
+    assert Path(found.__file__).parent == ROOT / "kernels"
+    assert not hasattr(found, "ema_update_") and "kernels.ema" not in sys.modules

@@ -303,10 +303,12 @@ class Distillation(Objective):
         student, teacher: unit vectors [R, d], paired row by row. layers: the student's and the teacher's prototypes.
         temperature: the teacher's. row_weight: [R], default 1/R. No row gives 0.
         """
+        # Called whatever the batch holds: ZeRO's stage 3 gathers parameters at calls, which must be those of all ranks.
+        learned, known = layers[0](), layers[1]()
         if not len(student):  # no masked patch in the whole batch: every parameter still gets its gradient
-            return 0 * (at_least_float(student).sum() + at_least_float(layers[0]()).sum())
+            return 0 * (at_least_float(student).sum() + at_least_float(learned).sum())
         return prototype_cross_entropy(
-            student, layers[0](), teacher, layers[1](), center.value,
+            student, learned, teacher, known, center.value,
             student_temperature=self.config.student_temperature, teacher_temperature=temperature, row_weight=row_weight,
         )  # fmt: skip
 

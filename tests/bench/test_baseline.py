@@ -1,13 +1,12 @@
 """The four-pass baseline computes what the engine computes, and does the work that the authors' code does."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import run
 from harmony_fast.bench.baseline import PASSES, FourPass
 from harmony_fast.bench.counts import count_baseline
 from harmony_fast.engine.build import build_model
@@ -80,12 +79,8 @@ def test_losses_and_gradients_are_the_engines(dtype: torch.dtype, tolerance: flo
 
 def test_two_steps_lead_to_the_same_weights_centers_and_teacher(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config().model_dump_json(by_alias=True))
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    subprocess.run(
-        [sys.executable, here / "baseline_worker.py", tmp_path / "config.json", tmp_path / "found.pt"], check=True,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    worker = [sys.executable, str(Path(__file__).with_name("baseline_worker.py"))]
+    run(tmp_path / "config.json", tmp_path / "found.pt", command=worker)
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     assert_near(found["ours"], found["theirs"], 1e-4)
 

@@ -1,14 +1,13 @@
 """The benchmark of a training step: it runs as a command, and what it counts and compares is right."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import call
 from harmony_fast.bench import tables
 from harmony_fast.bench.profiling import gaps
 from harmony_fast.bench.step import LARGEST_DIFFERENCE, OURS, compared, configured, tokens_a_sample
@@ -29,13 +28,10 @@ HEADS = [
 ]  # fmt: skip
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=880,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+def run(command: list[str]) -> str:
+    done = call(command=command, timeout=880, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr[-3000:]
-    return done
+    return done.stdout
 
 
 @pytest.mark.timeout(900)
@@ -48,7 +44,7 @@ def test_the_command_writes_json_and_plot(kind: str, tmp_path: Path) -> None:
         *(HEADS if kind == "step" else ["views.local_crops=0"]), "--variant", "split", "micro-batches",
     ]  # fmt: skip
     done = run(command)
-    assert "samples/s" in done.stdout and "student forward" in done.stdout
+    assert "samples/s" in done and "student forward" in done
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "step.json").read_text())
     (case,) = report["cases"]
@@ -70,7 +66,7 @@ def test_predicted_peaks_are_those_of_steps(tmp_path: Path) -> None:
         sys.executable, "-m", "harmony_fast.bench.memory", "--only", "packed", "split", "--tower", "ViT-Ti/16",
         "--micro", "8", "--out", str(tmp_path), "--set", *TINY, *HEADS,
     ]  # fmt: skip
-    assert "predicted" in run(command).stdout
+    assert "predicted" in run(command)
     cases = json.loads((tmp_path / "memory.json").read_text())["cases"]
     assert [case["setting"] for case in cases] == ["packed", "split"]
     for case in cases:

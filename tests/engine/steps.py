@@ -1,12 +1,11 @@
 """Training steps of a tiny model in processes of their own, under any settings, and comparing what comes out."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import commands
 import torch
 from harmony_fast.engine.config import parse_config
 from tiny import tiny_config
@@ -43,19 +42,15 @@ def start(worker: Path, folder: Path, ranks: int, settings: dict[str, Any]) -> N
     """`python WORKER SETTINGS.json FOLDER` on some ranks; all must end well."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.json").write_text(json.dumps(settings))
-    environment = {
-        **os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GLOO_SOCKET_IFNAME": "lo",
-        "HARMONY_FAST_STORE": str(folder / "store"), "OMP_NUM_THREADS": "1", "HARMONY_FAST_KERNELS": "torch",
-    }  # fmt: skip
+    command = [sys.executable, str(worker)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(folder / "settings.json"), str(folder)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
+        commands.start(
+            folder / "settings.json", folder, command=command, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks,
+            LOCAL_WORLD_SIZE=ranks, GLOO_SOCKET_IFNAME="lo", HARMONY_FAST_STORE=folder / "store",
+            HARMONY_FAST_KERNELS="torch",
         )
         for rank in range(ranks)
-    ]
+    ]  # fmt: skip
     try:
         messages = [process.communicate(timeout=1100)[1] for process in processes]
     finally:

@@ -2,25 +2,17 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from commands import COMMAND, ROOT, call
 from harmony_fast.engine.config import dotted, load_config, plain
 from harmony_fast.engine.data.prepare import prepare
 from steps import config
 
-ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "harmony_fast.engine.cli"]
 pytestmark = pytest.mark.timeout(600)
-
-
-def call(*words: object, data_limit: int | None = None) -> subprocess.CompletedProcess:
-    """data_limit: bytes of memory of its own that the process can have, none beyond."""
-    limit = ["prlimit", f"--data={data_limit}"] if data_limit else []
-    return subprocess.run([*limit, *COMMAND, *map(str, words)], capture_output=True, text=True, timeout=500)
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +62,16 @@ HUNGRY = {
 """Whose activations are most of what it needs, so that the plans differ"""
 
 
+def limited(*words: object) -> subprocess.CompletedProcess:
+    """A process of its own, with no more than LIMIT of memory for its data."""
+    words = ("prlimit", f"--data={LIMIT}", *COMMAND, *words)
+    return subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=500)
+
+
 def test_when_memory_runs_out_the_next_plan_is_taken(tmp_path: Path, beton: Path) -> None:
     """The limit lies between what the best and the most frugal plan need."""
     path = write(tmp_path, beton, **HUNGRY)
-    result = call("train", path, f"run_dir={tmp_path / 'run'}", "memory=64GiB", "max_steps=1", data_limit=LIMIT)
+    result = limited("train", path, f"run_dir={tmp_path / 'run'}", "memory=64GiB", "max_steps=1")
     assert result.returncode == 0, result.stderr
     plans = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert plans["failed"] > 0
@@ -83,7 +81,7 @@ def test_when_memory_runs_out_the_next_plan_is_taken(tmp_path: Path, beton: Path
 
 def test_without_a_plan_the_message_says_what_helps(tmp_path: Path, beton: Path) -> None:
     path = write(tmp_path, beton, **HUNGRY)
-    result = call("train", path, f"run_dir={tmp_path / 'run'}", "max_steps=1", data_limit=LIMIT)
+    result = limited("train", path, f"run_dir={tmp_path / 'run'}", "max_steps=1")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "memory ran out" in result.stderr and "harmony-fast plan" in result.stderr
 

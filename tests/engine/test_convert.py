@@ -4,11 +4,10 @@ import argparse
 import json
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -435,13 +434,6 @@ def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def train(*words: object) -> None:
-    line = [sys.executable, "-m", "harmony_fast.engine.cli", "train", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(line, capture_output=True, text=True, timeout=280, env=environment)
-    assert result.returncode == 0, result.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
 def real(golden: Weights) -> Weights:
     """The fixture's weights with the tokenizer's vocabulary in place of their 100 words."""
@@ -479,7 +471,7 @@ def test_sharded_training_starts_from_the_weights_unrounded(real: Weights, tmp_p
     run = tmp_path / "run"
     converted(real, beton, run, "precision=bf16", "zero.stage=2")
     start = weights_at(run, 0)
-    train(run / "config.yaml", "max_steps=1", "--ranks", 2)
+    commands.run("train", run / "config.yaml", "max_steps=1", "--ranks", 2)
     assert_started_from(run, start)
 
 
@@ -489,7 +481,7 @@ def test_a_converted_run_trains_and_evaluates(
     run = tmp_path / "run"
     overrides = converted(real, beton, run)
     start = weights_at(run, 0)
-    train(run / "config.yaml", "max_steps=2")
+    commands.run("train", run / "config.yaml", "max_steps=2")
     assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == [1, 2]
     assert_started_from(run, start)
     second = weights_at(run, 2)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import call
 from harmony_fast.engine.config import RunConfig, parse_config, with_overrides
 from harmony_fast.engine.errors import UserError
 from harmony_fast.engine.memory import CONTEXT, predict
@@ -136,20 +137,15 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def plan(*arguments: object) -> subprocess.CompletedProcess:
-    words = [sys.executable, "-m", "harmony_fast.engine.cli", "plan", *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, timeout=280)
-
-
 def test_from_the_command_line(tmp_path: Path) -> None:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(config(objectives={"contrastive": {"embed_dim": 16}})))
-    result = plan(path, "--memory", "4GiB", "--json", "--picture", tmp_path / "plan.png")
+    result = call("plan", path, "--memory", "4GiB", "--json", "--picture", tmp_path / "plan.png")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     best = found["plans"][0]
     assert best["total"] == pytest.approx(sum(best["held"].values()) + sum(best["step"].values()))
     assert found["budget"] == 4 * 2**30 and "data.micro_batch_size" in best["settings"]
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
-    many = plan(path, "--gpus", 16)
+    many = call("plan", path, "--gpus", 16)
     assert many.returncode == 1 and many.stderr == "error: data.batch_size 8 cannot be divided among 16 ranks\n"

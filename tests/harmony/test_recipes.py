@@ -1,15 +1,13 @@
 """The recipes: valid at full size, trained for two steps at a tiny size, and nothing built that is not used."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from commands import ROOT, log, run
 from harmony_fast.engine.config import RunConfig, dump_config, load_config
 from harmony_fast.engine.data.prepare import prepare
 from harmony_fast.engine.errors import UserError
@@ -21,7 +19,6 @@ from harmony_fast.kernels import contrastive_loss
 from safetensors.torch import load_file
 from tiny import tiny_config
 
-ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
 BOTH = "student.image student.text"
 ALL = f"{BOTH} teacher.image teacher.text"
@@ -126,13 +123,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "epochs=2", "max_steps=2", "log_every=1", "checkpoint_every=1", "precision=fp32", "optimizer.warmup_epochs=0",
         f"data.train={folder / 'train.beton'}", "data.batch_size=8", "data.workers=1",
     ]  # fmt: skip
-    settings = [(str(path), [*common, *tiny_overrides(path), f"run_dir={folder / path.stem}"]) for path in RECIPES]
-    (folder / "settings.json").write_text(json.dumps(settings))
-    result = subprocess.run(
-        [sys.executable, Path(__file__).with_name("recipes_worker.py"), folder / "settings.json"],
-        capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
+    for path in RECIPES:
+        run("train", path, *common, *tiny_overrides(path), f"run_dir={folder / path.stem}")
     return folder
 
 
@@ -153,15 +145,15 @@ def test_a_recipe_is_valid_says_who_made_it_and_survives_a_round_trip(path: Path
 
 @pytest.mark.parametrize("name", sorted(PARTS))
 def test_two_steps_of_a_recipe(trained: Path, name: str) -> None:
-    run = trained / name
-    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    folder = trained / name
+    entries = log(folder)
     objectives = PARTS[name][0].split()
     assert [entry["step"] for entry in entries] == [1, 2]
     for entry in entries:
         assert {key for key in entry if key.startswith("loss/")} == {f"loss/{o}" for o in objectives}
         assert all(torch.tensor(value).isfinite() for value in entry.values() if isinstance(value, float))
-    before, after = (load_file(run / f"checkpoints/step-0000000{i}/weights.safetensors") for i in (1, 2))
-    model = build(load_config(run / "config.yaml"))
+    before, after = (load_file(folder / f"checkpoints/step-0000000{i}/weights.safetensors") for i in (1, 2))
+    model = build(load_config(folder / "config.yaml"))
     learned = [n for n, p in model.named_parameters() if p.requires_grad]
     followed = [n for n, _ in model.named_parameters() if n.startswith("teacher.")]
     assert [n for n in learned + followed if torch.equal(before[n], after[n])] == []

@@ -1,12 +1,11 @@
 """`prepare --verify`: a good file passes, every kind of damage is found and named, from the command line too."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import call
 from harmony_fast.engine.data.beton import BetonWriter, open_beton
 from harmony_fast.engine.data.prepare import prepare
 from harmony_fast.engine.data.verify import verify
@@ -99,13 +98,9 @@ def test_what_prepare_writes_passes(tar: Callable, pairs: Callable, tmp_path: Pa
 
 
 def test_from_the_command_line(path: Path) -> None:
-    def run(*words: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "harmony_fast.engine.cli", "prepare", *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-    good = run("--verify", path)
+    good = call("prepare", "--verify", path)
     assert (good.returncode, good.stdout) == (0, f"{path}: 12 samples, all good\n")
     changed(path, CHANGES["its data have changed"])
-    bad = run("--verify", path)
+    bad = call("prepare", "--verify", path)
     assert bad.returncode == 1 and bad.stderr.splitlines()[-1].startswith(f"error: {path}: 1 of 12 samples")
-    assert run("--verify", path, "a.tar").returncode == 1
+    assert call("prepare", "--verify", path, "a.tar").returncode == 1
