@@ -91,6 +91,31 @@ def test_captions_without_masked_words_give_no_text_loss(tiny: dict) -> None:
     assert all(m.value.isfinite().all() for m in model.modules() if isinstance(m, Center))
 
 
+def calls(model: Harmony) -> list[str]:
+    """The modules with parameters of their own, in the order in which a step's passes call them."""
+    called: list[str] = []
+    for name, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+            module.register_full_backward_pre_hook(lambda *_, name=name: called.append(f"{name} backward"))
+    losses(model.train()).loss.backward()
+    return called
+
+
+@pytest.mark.filterwarnings("ignore:For backward hooks")  # of a module that returns a dict, and has inner ones
+def test_modules_are_called_in_the_same_order_whatever_the_batch_holds(tiny: dict) -> None:
+    """Ranks whose batches differ would otherwise wait for each other where parameters are sharded."""
+    found = []
+    for captions, blocks in ((0.5, 0.5), (0.0, 0.0)):
+        tiny["views"]["caption_mask_ratio"] = captions
+        tiny["views"]["block_ratios"], tiny["views"]["block_ratio_spreads"] = [blocks], [0.0]
+        found.append(calls(build(tiny)))
+        model = build(tiny)
+        views = views_of(model)
+        assert views.block_mask.any() == views.caption_mask.any() == bool(blocks)
+    assert found[0] == found[1] and len(found[0]) > 100
+
+
 def test_by_default_the_pixel_decoder_can_tell_positions_apart(tiny: dict) -> None:
     """With zeros, as the authors' code leaves the table, all removed patches of an image look the same."""
     for positions, differ in (("sincos", True), ("zeros", False)):
