@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import RunProcsResult
 
 STORE = "HARMONY_FAST_STORE"
+LAUNCHER = "HARMONY_FAST_LAUNCHER"
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal that a process gets when its parent is gone"""
 T = TypeVar("T")
 
 
@@ -99,6 +103,7 @@ class _Gather(torch.autograd.Function):
 
 def join() -> Ranks:
     """Join the ranks that were started (by `launch`, torchrun, deepspeed or SLURM), or be a single process."""
+    _end_with_launcher()
     _read_slurm()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -115,6 +120,15 @@ def join() -> Ranks:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return Ranks()
+
+
+def _end_with_launcher() -> None:
+    """Have this rank killed when the process that launched it is gone, however that ended: nothing else would."""
+    if LAUNCHER not in os.environ or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != int(os.environ[LAUNCHER]):  # it went before
+        os._exit(1)
 
 
 def started_by_launcher() -> bool:
@@ -205,7 +219,7 @@ def _environment(rank: int, ranks: int, folder: Path) -> dict[str, str]:
     threads = max((os.cpu_count() or 1) // ranks, 1)
     return {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-        STORE: str(folder / "store"),
+        STORE: str(folder / "store"), LAUNCHER: str(os.getpid()),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
     }  # fmt: skip

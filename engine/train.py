@@ -19,6 +19,7 @@ from .config import RunConfig, differences, dump_config, load_config
 from .data.batch import RawBatch
 from .data.open_loader import AnyLoader, open_loader
 from .data.views import StepViews
+from .disk import claim
 from .distributed import Ranks, join
 from .ema import ShardedEma
 from .errors import UserError
@@ -188,6 +189,7 @@ def prepare_run_folder(config: RunConfig, ranks: Ranks) -> None:
     if ranks.is_main:
         try:
             config.run_dir.mkdir(parents=True, exist_ok=True)
+            claim(config.run_dir)
             temporary = path.with_suffix(".tmp")
             temporary.write_text(dump_config(config), encoding="utf-8")
             temporary.replace(path)

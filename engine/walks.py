@@ -15,7 +15,7 @@ import torch
 from .config import RunConfig
 from .memory import Device, Passes, go_through
 
-WORTH_STARTING = 12.0
+WORTH_STARTING = 20.0
 """Seconds of work left from which on other processes are started: each needs some to import torch"""
 
 
@@ -26,19 +26,23 @@ class Walks:
         self._ranks, self._device = ranks, device
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._others: ProcessPoolExecutor | None = None
+        self._warm = False
 
     def __call__(
         self, configs: Sequence[RunConfig], report: Callable[[int, int], None] = lambda done, of: None
     ) -> list[Passes]:
         """In the order of the configurations. report: told how many of how many are done."""
         found: list[Passes] = []
-        begin = time.monotonic()
+        left = 0.0
         for config in configs:
-            left = (time.monotonic() - begin) / max(len(found), 1) * (len(configs) - len(found))
             if self.cores > 1 and (self._others or left > WORTH_STARTING):
                 break
+            begin = time.process_time()
             found.append(go_through(config, self._ranks, self._device))
             report(len(found), len(configs))
+            if self._warm:  # the first one of all imports and finds out what others need not
+                left = (time.process_time() - begin) * (len(configs) - len(found))
+            self._warm = True
         rest = configs[len(found) :]
         if rest:
             same = [self._ranks] * len(rest), [self._device] * len(rest)

@@ -68,6 +68,36 @@ def test_a_lost_rank_ends_the_run(config: Path, tmp_path: Path, faults: Faults) 
     assert "resumed at step" in run("train", config, f"run_dir={folder}", "epochs=2000", "max_steps=4", "--ranks", 2)
 
 
+def test_ranks_end_with_their_launcher(config: Path, tmp_path: Path, faults: Faults) -> None:
+    """Nobody is left who writes in the folder while the same command, started again, does."""
+    folder = tmp_path / "run"
+    process = start("train", config, f"run_dir={folder}", "epochs=2000", "checkpoint_every=1", "--ranks", 2)
+    while not (folder / "checkpoints" / "latest").is_file() and process.poll() is None:
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    end = time.monotonic() + 5
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    faults.injected("lost launcher")
+
+
+def test_a_run_folder_has_one_process_at_a_time(config: Path, tmp_path: Path, faults: Faults) -> None:
+    folder = tmp_path / "run"
+    process = start("train", config, f"run_dir={folder}", "epochs=2000")
+    while not (folder / "log.jsonl").is_file() and process.poll() is None:
+        time.sleep(0.05)
+    message = run("train", config, f"run_dir={folder}", "epochs=2000", fails=True)
+    assert f"{folder}: process {process.pid} on " in message and "is at work there" in message
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "resumed at step" in run("train", config, f"run_dir={folder}", "epochs=2000", "--max-time", "0:00:01")
+    faults.injected("second run in a folder")
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 12 MiB."""
