@@ -1,13 +1,11 @@
 """What the doctor says of this machine, of broken packages, of wrong kernels and of wishes that cannot be granted."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import call
 from harmony_fast.engine import doctor, doctor_kernels
 from harmony_fast.engine.backends import use_backends
 from harmony_fast.engine.config import parse_config
@@ -23,9 +21,7 @@ def no_wishes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_json_and_status_of_the_command() -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "harmony_fast.engine.cli", "doctor", "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    done = call("doctor", "--json")
     report = json.loads(done.stdout)
     assert done.returncode == (0 if report["ok"] else 1)
     states = {finding["name"]: finding["state"] for finding in report["findings"]}
