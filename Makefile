@@ -18,7 +18,7 @@ demo: setup  ## Train all five objectives on the demo data, evaluate, write runs
 	$(RUN) report runs/demo
 
 test: setup  ## Run the tests
-	.venv/bin/python -m pytest --ignore tests/faults --numprocesses auto --maxprocesses 4 --dist loadfile
+	.venv/bin/python -m pytest --ignore tests/faults --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-faults: setup  ## Interrupt, damage and starve runs, and count what is lost
 	.venv/bin/python -m pytest tests/faults -m '' --numprocesses auto --maxprocesses 2 --dist worksteal

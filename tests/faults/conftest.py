@@ -20,11 +20,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults-json", type=Path, help="write the counts of faults and losses there, too")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first: nobody waits for them at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("faults") is None)
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """The table of faults."""
     count, lost = Counter(), Counter()
