@@ -26,6 +26,7 @@ test-faults: setup  ## Interrupt, damage and starve runs, and count what is lost
 lint: setup  ## Check style and types
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[lint]'
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check --quiet --exclude "*.md" .
 	scripts/types.sh
 
 docs: setup  ## Build the documentation: build/site/index.html

@@ -6,16 +6,12 @@ import fcntl
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
-from .errors import UserError
-
-LOCK = ".lock"
-LAST_MOMENTS = 5.0
-"""Seconds in which a process that was killed is gone"""
-_claimed: list[object] = []
-"""Open lock files: closing one would give the folder free"""
+from .errors import DataError
 
 
 def sync(file: BinaryIO) -> None:
@@ -40,26 +36,32 @@ def write_synced(path: Path, content: bytes) -> None:
         sync(file)
 
 
-def claim(folder: Path) -> None:
-    """Have the folder to this process until it ends, however it ends.
+@contextmanager
+def alone_in(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """Have a folder that exists to this process alone; however that ends, the system gives the folder free.
 
-    Raises UserError if another process has it. File systems that know no locks let everybody in.
+    patience: seconds to wait for another one. Raises DataError that names it if it is still there then. File systems
+    that know no locks let everybody in.
     """
-    file = (folder / LOCK).open("a+", encoding="utf-8")
-    until = time.monotonic() + LAST_MOMENTS
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except (BlockingIOError, PermissionError):
+    with (folder / "lock").open("a+", encoding="utf-8") as file:
+        until = time.monotonic() + patience
+        while not _locked(file):
             if time.monotonic() > until:
                 file.seek(0)
                 owner = file.read().strip() or "another process"
-                raise UserError(f"{folder}: {owner} is at work there; end it, or choose another run_dir") from None
+                raise DataError(f"{folder}: {owner} is at work there; wait for its end, or name another place")
             time.sleep(0.1)
-        except OSError:
-            break
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    _claimed.append(file)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def _locked(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from .config import RunConfig, differences, dump_config, load_config
 from .data.batch import RawBatch
 from .data.open_loader import AnyLoader, open_loader
 from .data.views import StepViews
-from .disk import claim
+from .disk import alone_in
 from .distributed import Ranks, join
 from .ema import ShardedEma
 from .errors import UserError
@@ -39,6 +40,8 @@ FREE_KEYS = (
     "watchdog_seconds", "memory", "log_every", "checkpoint_every", "keep_checkpoints", "data.workers", "evaluate",
     "pass", "zero.", "deepspeed", "tf32", "compile", "activation_checkpointing.", "data.micro_batch_size", "kernels.",
 )  # fmt: skip
+LAST_MOMENTS = 5.0
+"""Seconds in which a process that was killed is gone"""
 FINISHED = "finished"
 """File in the run folder that says that all steps are done"""
 
@@ -61,9 +64,8 @@ def run(settled: Settled, ranks: Ranks, stop: StopRequest) -> None:
     use_backends(config, ranks.device)
     if ranks.device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-    prepare_run_folder(config, ranks)
     torch.manual_seed(config.seed)  # initial weights only: all later draws are counter-based
-    with open_loader(config, ranks) as loader:
+    with run_folder(config, ranks), open_loader(config, ranks) as loader:
         check_fit(config, loader)
         loader.seed += SEED_STRIDE * len(rollbacks(config.run_dir))
         model = build_model(config).to(ranks.device)
@@ -159,9 +161,7 @@ def batches(config: RunConfig, loader: AnyLoader, done: int, last: int) -> Itera
                 return
 
 
-def write_diverged(
-    run_dir: Path, done: int, batch: RawBatch, loader: AnyLoader, result: Step, ranks: Ranks
-) -> Path:
+def write_diverged(run_dir: Path, done: int, batch: RawBatch, loader: AnyLoader, result: Step, ranks: Ranks) -> Path:
     """What a step that ends the run was made of, for this rank."""
     path, output = run_dir / f"diverged-rank-{ranks.rank}.json", result.output
     found = {
@@ -173,8 +173,12 @@ def write_diverged(
     return path
 
 
-def prepare_run_folder(config: RunConfig, ranks: Ranks) -> None:
-    """Create the run folder, or check that the run in it is this one. Raises UserError if it is another."""
+@contextmanager
+def run_folder(config: RunConfig, ranks: Ranks) -> Iterator[None]:
+    """The run folder, made, or checked to hold this run, for this run alone.
+
+    Raises UserError if it holds another run, or another process is at work there.
+    """
     path = config.run_dir / "config.yaml"
     if path.is_file():
         saved = settle_precision(load_config(path), has_bf16(ranks.device))
@@ -186,17 +190,19 @@ def prepare_run_folder(config: RunConfig, ranks: Ranks) -> None:
             )
     generated = json.dumps(deepspeed_config(config, ranks.world_size), indent=1)
     ranks.barrier()
-    if ranks.is_main:
-        try:
-            config.run_dir.mkdir(parents=True, exist_ok=True)
-            claim(config.run_dir)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(dump_config(config), encoding="utf-8")
-            temporary.replace(path)
-            (config.run_dir / "deepspeed.json").write_text(generated, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"run_dir {config.run_dir}: cannot be written: {error.strerror}") from None
-    ranks.barrier()
+    with ExitStack() as held:
+        if ranks.is_main:
+            try:
+                config.run_dir.mkdir(parents=True, exist_ok=True)
+                held.enter_context(alone_in(config.run_dir, LAST_MOMENTS))
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text(dump_config(config), encoding="utf-8")
+                temporary.replace(path)
+                (config.run_dir / "deepspeed.json").write_text(generated, encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"run_dir {config.run_dir}: cannot be written: {error.strerror}") from None
+        ranks.barrier()
+        yield
 
 
 def check_fit(config: RunConfig, loader: AnyLoader) -> None:

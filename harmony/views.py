@@ -261,6 +261,7 @@ def draw_masks(
     tokens: int64 [B, C]; index: int64 [B], the samples' places in the data set; both on the host. ratio: share of
     patches removed for the reconstruction (see `pixel_ratio`).
     """
+
     def keys(purpose: Purpose) -> Tensor:
         return sample_keys(seed, epoch, index, purpose)
 

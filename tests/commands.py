@@ -12,8 +12,8 @@ from warm import Warm
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "harmony_fast.engine.cli"]
 FAULTY = [sys.executable, str(ROOT / "tests" / "faults" / "faulty.py")]
-SETTINGS = ":".join(f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items())
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", VARIABLE: SETTINGS}  # so that no command starts itself again
+MALLOC = ":".join(f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items())
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", VARIABLE: MALLOC}  # so that no command starts itself again
 
 
 def start(*arguments: object, command: list[str] = COMMAND, **environment: object) -> Warm:

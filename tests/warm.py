@@ -22,8 +22,6 @@ from pathlib import Path
 
 MESSAGE = 2**18
 """Bytes of the largest message"""
-Status = dict[int, tuple[int, int]]
-"""For each running command the file that turns readable when it ends: its process id, and where to write its status"""
 
 
 class Warm:
@@ -84,7 +82,7 @@ def _server(threads: str | None, malloc: str | None) -> socket.socket:
 
 def serve(control: socket.socket) -> tuple[list[str], dict[str, str]] | None:
     """Start commands until the socket is closed. Returns the words and environment in the process of a command."""
-    running: Status = {}
+    running: dict[int, tuple[int, int]] = {}  # by what is readable when it ends: process, where its status goes
     while True:
         for ready in select.select([control, *running], [], [])[0]:
             if ready is not control:

@@ -9,7 +9,6 @@ an error that names its shard, not a wait.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import time
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..disk import alone_in
 from ..errors import DataError
 from .assemble import Summary, assemble, gigabytes
 from .parts import PartFiles, Rules, check_rules
@@ -70,7 +70,7 @@ def prepare(
     chunks = find_chunks(sources, workers, columns, image_column, caption_columns)
     folder = _parts_folder(output)
     files = [PartFiles(folder, chunk, rules) for chunk in chunks]
-    with _disk_explained(output, lambda: _needed(files)), _locked(folder):
+    with _disk_explained(output, lambda: _needed(files)), alone_in(folder):
         with Progress(sum(chunk.size for chunk in chunks), progress) as bar:
             read = read_chunks(files, workers, bar)
             summary = assemble(files[:read], output, rejects_path(output), bar)
@@ -99,17 +99,6 @@ def _parts_folder(output: Path) -> Path:
     except OSError as error:
         raise DataError(f"{folder}: cannot be made: {error.strerror}") from None
     return folder
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One run per output; the system drops the lock when a run ends, however it ends."""
-    with open(folder / "lock", "wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{folder}: another `harmony-fast prepare` is at work on this output") from None
-        yield
 
 
 @contextmanager

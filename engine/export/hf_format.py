@@ -32,7 +32,7 @@ TEXT_PARTS = {
     "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }  # fmt: skip
-BOTH = '''
+BOTH = """
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 model = AutoModel.from_pretrained("FOLDER")
@@ -40,14 +40,14 @@ processor, tokenizer = AutoImageProcessor.from_pretrained("FOLDER"), AutoTokeniz
 images = processor(pictures, return_tensors="pt")
 texts = tokenizer(["a photo of a cat"], padding=True, truncation=True, return_tensors="pt")
 similarity = model(**images, **texts).logits_per_image
-'''
-ALONE = '''
+"""
+ALONE = """
 from transformers import AutoImageProcessor, AutoModel
 
 model = AutoModel.from_pretrained("FOLDER")
 processor = AutoImageProcessor.from_pretrained("FOLDER")
 features = model(**processor(pictures, return_tensors="pt")).pooler_output
-'''
+"""
 
 
 def build(source: Source) -> Exported:

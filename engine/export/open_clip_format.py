@@ -23,14 +23,14 @@ from .timm_format import architecture, backbone, timm_config
 TRUNK, PROJECTION = "visual.trunk.", "visual.head.proj.weight"
 TOWER = "image_tower"
 """Subfolder of the timm configuration."""
-USAGE = '''
+USAGE = """
 import open_clip
 
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
 tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
 image_embeddings = model.encode_image(images, normalize=True)
 text_embeddings = model.encode_text(tokenizer(["a photo of a cat"]), normalize=True)
-'''
+"""
 
 
 def build(source: Source) -> Exported:

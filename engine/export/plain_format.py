@@ -7,7 +7,7 @@ from torch import Tensor
 from ..config import RunConfig
 from .source import Exported, Source
 
-USAGE = '''
+USAGE = """
 from pathlib import Path
 
 from harmony_fast.engine.export.metadata import load_exported
@@ -15,7 +15,7 @@ from harmony_fast.engine.export.metadata import load_exported
 config, towers = load_exported(Path("FILE"))
 tokens = towers.image.features(images)          # [B, 1 + patches, width], class token first
 embeddings = towers.image.project(tokens[:, 0])  # where the run has a joint space
-'''
+"""
 
 
 def build(source: Source) -> Exported:

@@ -71,9 +71,7 @@ def test_losses_and_gradients_are_the_engines(dtype: torch.dtype, tolerance: flo
     output = model.losses(views, model.teach(views), CLOCK, Collectives())
     output.loss.backward()
     assert_near(baseline.gradient(views, CLOCK), output.losses, tolerance)
-    gradients = [
-        {n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (model, baseline.model)
-    ]
+    gradients = [{n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (model, baseline.model)]
     assert_near(*gradients, 10 * tolerance)
 
 

@@ -119,5 +119,3 @@ def test_collapse_is_said(config: Path, tmp_path: Path, faults: Faults) -> None:
     assert "collapse? self_distillation/teacher_entropy" in message
     assert {"self_distillation/center_norm", "contrastive/feature_std"} <= log(tmp_path / "run")[-1].keys()
     faults.injected("collapse")
-
-

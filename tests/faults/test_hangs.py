@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from commands import FAULTY, log, newest, run, start
 from counting import Faults
+from warm import Warm
 
 SHORT = ("watchdog=5", "watchdog_seconds=3")
 
@@ -56,12 +57,17 @@ def test_every_ranks_stacks_are_kept(config: Path, tmp_path: Path, faults: Fault
     faults.injected("hanging rank")
 
 
-def test_a_lost_rank_ends_the_run(config: Path, tmp_path: Path, faults: Faults) -> None:
-    folder = tmp_path / "run"
+def two_ranks(config: Path, folder: Path) -> tuple[Warm, list[str]]:
+    """A launcher whose ranks have saved a checkpoint, and the ranks' process ids."""
     process = start("train", config, f"run_dir={folder}", "epochs=2000", "checkpoint_every=2", "--ranks", 2)
     while not (folder / "checkpoints" / "latest").is_file() and process.poll() is None:
         time.sleep(0.05)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return process, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
+
+def test_a_lost_rank_ends_the_run(config: Path, tmp_path: Path, faults: Faults) -> None:
+    folder = tmp_path / "run"
+    process, children = two_ranks(config, folder)
     os.kill(int(children[-1]), signal.SIGKILL)
     assert "of 2 ended with exit status" in ended(process, 60).splitlines()[-1]
     faults.injected("lost rank")
@@ -70,11 +76,7 @@ def test_a_lost_rank_ends_the_run(config: Path, tmp_path: Path, faults: Faults) 
 
 def test_ranks_end_with_their_launcher(config: Path, tmp_path: Path, faults: Faults) -> None:
     """Nobody is left who writes in the folder while the same command, started again, does."""
-    folder = tmp_path / "run"
-    process = start("train", config, f"run_dir={folder}", "epochs=2000", "checkpoint_every=1", "--ranks", 2)
-    while not (folder / "checkpoints" / "latest").is_file() and process.poll() is None:
-        time.sleep(0.05)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process, children = two_ranks(config, tmp_path / "run")
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     end = time.monotonic() + 5

@@ -102,4 +102,3 @@ def test_time_that_is_up_stops_in_good_order(config: Path, tmp_path: Path, fault
     assert "as asked" in message and time.monotonic() - begin < 60
     assert newest(folder).name == f"step-{len(losses(folder)):08d}"
     faults.injected("time is up")
-

@@ -55,9 +55,7 @@ def test_what_is_read_is_the_same_and_the_rest_is_0(tiny: dict, drop_path: float
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
-def test_losses_and_gradients_stay_and_work_goes(
-    tiny: dict, drop_path: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_losses_and_gradients_stay_and_work_goes(tiny: dict, drop_path: float, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(tiny, drop_path)
     views = views_of(model)
     short, gradients, less = losses(model, views)
