@@ -2,7 +2,7 @@
 
 Measured is what torch has allocated on a GPU, and the counted bytes of live tensors on a CPU, in the second step of the
 engine; what the prediction adds for CUDA itself and for the allocator is left out of the comparison. Writes memory.json
-to bench/results/<machine>/.
+and memory.png to bench/results/<machine>/.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from ..engine.distributed import Ranks, join
 from ..engine.memory import predict
 from .comparison import release
 from .machine import describe_machine, results_folder
-from .step import configured, two_steps
+from .step import configured
+from .step_process import two_steps
 from .step_rivals import Ours, made_samples
 
 SETTINGS = {
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 report["cases"].append(measure_case(tower, micro, name, ranks, options))
                 # After each: what was measured stays if the machine is taken away.
                 (folder / "memory.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    plot(report, folder / "memory.png")
     Console(width=None if sys.stdout.isatty() else 120).print(table(report["cases"]))
     print(f"results in {folder}")
     return 0 if all(case["error"] is None or abs(case["error"]) <= GOAL for case in report["cases"]) else 1
@@ -86,6 +88,33 @@ def table(cases: list[dict[str, Any]]) -> Table:
     return made
 
 
+def plot(report: dict[str, Any], path: Path) -> None:
+    """A bar per case: the parts that were predicted, and a mark where the measured peak is."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = report["cases"][::-1]
+    parts = [p for p in dict.fromkeys(p for c in cases for p in c["parts"]) if p not in ADDED]
+    parts = [p for p in parts if any(c["parts"].get(p) for c in cases)]
+    figure, axis = plt.subplots(figsize=(10, 1.4 + 0.4 * len(cases)), layout="constrained")
+    left = [0.0] * len(cases)
+    for part, colour in zip(parts, plt.get_cmap("tab20")(range(20)), strict=False):
+        sizes = [c["parts"].get(part, 0) / 2**30 for c in cases]
+        axis.barh(range(len(cases)), sizes, left=left, color=colour, label=part)
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    measured = [(c["measured"] / 2**30, row) for row, c in enumerate(cases) if c["measured"] is not None]
+    axis.plot(*zip(*measured, strict=True), "|", color="#1b1f27", ms=16, mew=2, label="measured")
+    axis.set_yticks(range(len(cases)), [f"{c['tower']}, {c['micro']} samples, {c['setting']}" for c in cases])
+    axis.set_xlabel("GiB at the peak of a step")
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=7, frameon=False, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="harmony-fast bench memory", description=__doc__.split("\n\n")[1])
     gpu = torch.cuda.is_available()
@@ -94,7 +123,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--micro", nargs="+", type=int, default=[24, 96] if gpu else [8], help="samples of a step")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16" if gpu else "fp32")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of every case")
-    parser.add_argument("--out", type=Path, help="folder for memory.json")
+    parser.add_argument("--out", type=Path, help="folder for memory.json and memory.png")
     return parser.parse_args(arguments)
 
 

@@ -4,7 +4,7 @@ Memory that a rank holds for the whole run and bytes that it sends in a step, fo
 towers of four sizes, by the formulas of `engine/scaling.py`, which tests hold against bytes counted on 2 ranks. Then
 the time of a step by `engine/plan.seconds`, from passes gone through on the meta device and rates from data sheets:
 hours for three data sets on four machines, and samples/s on up to 64 GPUs. Nothing is run: counts and predictions, no
-measurements. Writes scaling.json and hours.json to bench/results/.
+measurements. Writes scaling.json, hours.json and hours.png to bench/results/.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..engine.plan import Plan, Planner, Shape, seconds
 from ..engine.rates import SHARE_REACHED, Rates, rates_for
 from ..engine.scaling import Sizes, held_bytes, sent_bytes
 from .machine import RESULTS
-from .scaling_report import hours_table, memory_table
+from .scaling_report import hours_table, memory_table, plot
 
 TOWERS = {
     **{name: [f"model.image={{name: {name}}}"] for name in ("ViT-S/16", "ViT-B/16", "ViT-L/16")},
@@ -77,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = predictions(options.config)
         print(hours_table(found))
         (options.out / "hours.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        plot(found, options.out / "hours.png")
     return 0
 
 

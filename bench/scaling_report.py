@@ -1,7 +1,8 @@
-"""The tables of `harmony-fast bench scaling` in markdown."""
+"""The tables of `harmony-fast bench scaling` in markdown, and its picture."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 GIB = 2**30
@@ -42,3 +43,30 @@ def hours_table(report: dict[str, Any]) -> str:
             f"{100 * row['efficiency']:.0f} % | {parts} |"
         )
     return "\n".join([*lines, "", "Assumed:", "", *(f"- {line}" for line in report["assumptions"])])
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Predicted speed by number of GPUs, one line per network, and that of so many single GPUs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows, networks = report["growth"], dict.fromkeys(row["link"] for row in report["growth"])
+    counts = sorted({row["gpus"] for row in rows})
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    axis.plot(counts, [n * rows[0]["samples_per_second"] for n in counts], "--", color="#98a2b3", label="single GPUs")
+    for link, colour in zip(networks, ("#1f6f8b", "#d9a441", "#7a9e7e"), strict=False):
+        line = [(row["gpus"], row["samples_per_second"]) for row in rows if row["link"] == link]
+        axis.plot(*zip(*line, strict=True), "o-", color=colour, ms=4, label=link)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    axis.set_xticks(counts, [str(n) for n in counts])
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axis.set_xlabel("GPUs of 80 GB")
+    axis.set_ylabel("samples/s, predicted")
+    axis.grid(color="#e3e6ec", lw=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

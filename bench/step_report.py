@@ -20,13 +20,14 @@ def show(case: dict[str, Any], console: Console) -> None:
         f"{case['precision']}; products at {case['product_rate'] / 1e9:,.0f} GFLOP/s"
     )
     made = Table(title=title, title_justify="left", min_width=100)
-    for heading in ("", "samples/s", "ms a step", "quartiles", "peak GiB", "GFLOP a sample", "MFU"):
+    for heading in ("", "samples/s", "ratio", "ms a step", "quartiles", "peak GiB", "ratio", "GFLOP a sample", "MFU"):
         made.add_column(heading, justify="left" if not heading else "right")
     for name, r in case["results"].items():
         low, high = r["quartiles"]
         made.add_row(
-            name, f"{r['samples_per_second']:.3g}", f"{r['milliseconds']:,.0f}", f"{low:,.0f} - {high:,.0f}",
-            f"{r['peak_mib'] / 1024:.2f}", f"{r['flops_per_sample'] / 1e9:.1f}", f"{100 * r['mfu']:.0f} %",
+            name, f"{r['samples_per_second']:.3g}", ratio(r, "speedup"), f"{r['milliseconds']:,.0f}",
+            f"{low:,.0f} - {high:,.0f}", f"{r['peak_mib'] / 1024:.2f}", ratio(r, "memory"),
+            f"{r['flops_per_sample'] / 1e9:.1f}", f"{100 * r['mfu']:.0f} %",
         )  # fmt: skip
     for name, why in case["not_run"].items():
         made.add_row(name, "-", why)
@@ -40,12 +41,16 @@ def show(case: dict[str, Any], console: Console) -> None:
     console.print(parts)
 
 
+def ratio(result: dict[str, Any], key: str) -> str:
+    """Against whom all are compared; empty for that one."""
+    return f"{result[key]:.2f} x" if key in result else ""
+
+
 def _compared(case: dict[str, Any]) -> list[str]:
-    """Ours against the others, in words."""
-    goal, memory = case["goals"], case["memory"]
-    words = [f"{s:.2f} x the samples/s of {n} and {memory[n]:.2f} x its peak" for n, s in case["speedup"].items()]
-    words += [f"goals: {goal['speedup']} x and {goal['memory']} x"] if goal else []
-    words += [f"losses differ from {n}'s by {d:.0e}" for n, d in case["loss_difference"].items()]
+    """What the columns of ratios are to be held against, and whether all did the same."""
+    goal = case["goals"]
+    words = [f"goals: {goal['speedup']} x {case['reference']}'s samples/s, {goal['memory']} x its peak"] if goal else []
+    words += [f"losses of the first step differ from {n}'s by {d:.0e}" for n, d in case["loss_difference"].items()]
     return words if case["in_turn"] else [*words, "too large to be timed in turns: one after the other"]
 
 

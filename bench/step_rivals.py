@@ -129,7 +129,9 @@ class _Watched:
 class Baseline:
     """The four-pass baseline; its views come from the same augmentation, so that only the step differs."""
 
-    def __init__(self, config: RunConfig, batch: RawBatch, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, batch: RawBatch, ranks: Ranks) -> None:
+        device = ranks.device
+        use_backends(config, device)
         torch.manual_seed(config.seed)
         self._config, self._batch, self._device = config, batch, device
         self._passes = FourPass(build_model(config.model_copy(update={"compile": False})).to(device), config)
@@ -153,9 +155,11 @@ class Baseline:
 class OpenClip:
     """open_clip's model and loss with towers of the same sizes, and torch's AdamW, as its own training has them."""
 
-    def __init__(self, config: RunConfig, batch: RawBatch, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, batch: RawBatch, ranks: Ranks) -> None:
         from open_clip.loss import ClipLoss
 
+        device = ranks.device
+        use_backends(config, device)
         torch.manual_seed(config.seed)
         self.watch: Watch = unwatched
         self._config, self._batch, self._device = config, batch, device

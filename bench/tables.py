@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.errors import UserError
+from ..engine.sweep_results import heading
 from .loader import AUTHORS, OURS, OURS_AUGMENTED, STREAMED, TEN
 from .machine import RESULTS, ROOT
 from .plan import markdown as plan_table
 from .scaling_report import hours_table, memory_table
 from .step import OURS as OUR_STEP
+from .step_report import ratio
 
 PART = re.compile(r"(<!-- bench: (\S+)(?: (\S+))? -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 
@@ -139,16 +141,36 @@ def step(report: dict[str, Any]) -> str:
     for case in report["cases"]:
         what = "all objectives" if case["kind"] == "step" else "CLIP alone"
         for name, r in case["results"].items():
-            speed, share = case["speedup"].get(name), case["memory"].get(name)
             low, high = (1e3 * case["micro"] / t for t in reversed(r["quartiles"]))
             rows.append([
                 f"{what}, {case['tower']}, {case['micro']} samples, {case['precision']}" if name == OUR_STEP else "",
-                name, f"{r['samples_per_second']:.2f} ({low:.2f} - {high:.2f})", f"{speed:.2f} x" if speed else "",
-                f"{r['peak_mib'] / 1024:.2f} GiB", f"{share:.2f} x" if share else "",
+                name, f"{r['samples_per_second']:.3f} ({low:.3f} - {high:.3f})", ratio(r, "speedup"),
+                f"{r['peak_mib'] / 1024:.2f} GiB", ratio(r, "memory"),
                 f"{r['flops_per_sample'] / 1e9:.0f}", f"{100 * r['mfu']:.0f} %",
             ])  # fmt: skip
     return f"Measured on {_machine(report['machine'])}, {report['machine']['date']}:\n\n" + table(
-        ["", "", "samples/s (quartiles)", "ours is", "peak", "ours is", "GFLOP a sample", "MFU"], rows
+        ["", "", "samples/s (quartiles)", "ratio", "peak", "ratio", "GFLOP a sample", "MFU"], rows
+    )
+
+
+SWEPT = ("zero_shot/top10", "retrieval/image_to_text/r10", "retrieval/text_to_image/r10", "knn/top1")
+"""Metrics of a sweep that its page shows"""
+
+
+def sweep(report: dict[str, Any]) -> str:
+    """A row per recipe: mean and deviation over seeds, in percent; what guessing scores."""
+
+    def cell(summary: dict[str, Any] | None) -> str:
+        if summary is None:
+            return "-"
+        assert summary["n"] == report["seeds"], "a sweep is shown when it is complete"
+        return f"{100 * summary['mean']:.1f} ± {100 * summary['std']:.1f}"
+
+    rows = [[f"`{name}`", *(cell(r["summary"].get(key)) for key in SWEPT)] for name, r in report["recipes"].items()]
+    rows.append(["*guessing*", *(f"{100 * report['chance'][key]:.2g}" for key in SWEPT)])
+    return (
+        f"In percent, mean ± sample standard deviation over {report['seeds']} seeds ({report['date']}, "
+        f"torch {report['torch']}).\n\n" + table(["recipe", *map(heading, SWEPT)], rows)
     )
 
 
@@ -204,8 +226,8 @@ def faults(report: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "loader": loader, "demo": demo, "aot": aot, "step": step, "kernels": kernels, "scaling": memory_table,
-    "hours": hours_table, "plan": plan, "checkpoints": checkpoints, "faults": faults,
+    "loader": loader, "demo": demo, "aot": aot, "step": step, "sweep": sweep, "kernels": kernels,
+    "scaling": memory_table, "hours": hours_table, "plan": plan, "checkpoints": checkpoints, "faults": faults,
 }  # fmt: skip
 """What makes the part of each name"""
 

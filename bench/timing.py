@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 
 Work = Callable[[], object]
+LONG = 1e3
+"""Milliseconds from which one call is enough to warm up"""
 
 
 class Timing(NamedTuple):
@@ -30,7 +32,8 @@ class Timing(NamedTuple):
 def alternate(
     rivals: Mapping[str, Work], device: torch.device, *, rounds: int = 15, seconds: float = 10.0
 ) -> dict[str, Timing]:
-    """Time every rival once a round, each round starting with another one, after two calls to warm up.
+    """Time every rival once a round, each round starting with another one, after a call to warm up, or three where it
+    is short.
 
     A sample is the time from one call to the next over several calls in a row where a call is short (under 2 ms), so
     the cost of launching kernels counts where it is felt. Stops after `rounds`, or after `seconds` with three at least.
@@ -143,6 +146,7 @@ def _resident(field: str) -> float:
 
 def _repeats(work: Work, device: torch.device) -> int:
     """Warm up; then how many calls last about 2 ms."""
-    work()
+    if measure(work, device) > LONG:
+        return 1
     once = max(min(measure(work, device), measure(work, device)), 1e-3)
     return max(1, min(50, round(2.0 / once)))

@@ -22,10 +22,13 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def use_backends(config: RunConfig, device: torch.device) -> dict[str, dispatch.Choice]:
-    """Prefer the configuration's backends from now on; the choices for this device, by operation.
+    """Prefer the configuration's backends and precision of products from now on; the choices for this device, by
+    operation.
 
     Raises UserError if a backend that the configuration or HARMONY_FAST_KERNELS asks for cannot run here.
     """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     try:
         dispatch.prefer(config.kernels.model_dump())
         return choices(device, DTYPES[config.precision])

@@ -18,14 +18,18 @@ VARIABLE = "GLIBC_TUNABLES"
 
 def keep_pages() -> None:
     """Start this process again with `TUNABLES` (glibc reads them at the start only). The user's own settings stay."""
+    if sys.platform == "linux" and keep_pages_in_children():
+        os.execv(sys.executable, [sys.executable, "-m", "harmony_fast.engine.cli", *sys.argv[1:]])
+
+
+def keep_pages_in_children() -> bool:
+    """Put `TUNABLES` into the environment; whether any was missing there."""
     given = os.environ.get(VARIABLE, "")
     missing = [
         f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items() if f"glibc.malloc.{name}=" not in given
     ]
-    if sys.platform != "linux" or not missing:
-        return
     os.environ[VARIABLE] = ":".join(filter(None, [given, *missing]))
-    os.execv(sys.executable, [sys.executable, "-m", "harmony_fast.engine.cli", *sys.argv[1:]])
+    return bool(missing)
 
 
 def host_memory() -> int:

@@ -109,8 +109,9 @@ def memory_of(config: RunConfig, ranks: int, passes: Passes, device: Device = "c
     if stage == 3:  # there is a place for all of them from the start
         during[GRADIENTS] = gradients / ranks
     phases = [during]
-    if stage == 0 and ranks > 1:  # all-reduced as one flat copy after the backward pass
-        phases.append({GRADIENTS: gradients, "buckets": gradients})
+    if stage == 0 and ranks > 1:  # all-reduced after the backward pass; a bucket ends with the tensor that fills it
+        flat = 2 * element * deepspeed_config(config, ranks)["zero_optimization"]["reduce_bucket_size"]
+        phases.append({GRADIENTS: gradients, "buckets": min(gradients, flat)})
     step = max(phases, key=lambda phase: sum(phase.values()))
     if device == "cuda":
         step[ALLOCATOR] = SLACK * sum(step.values())

@@ -51,6 +51,9 @@ class Partition(ABC):
         """Between the last backward pass and the step: this rank's part of each averaged gradient, to be changed in
         place. A parameter may come up on several ranks with different parts of it."""
 
+    def complete_gradients(self) -> None:  # noqa: B027 - where ranks are reduced, that does it
+        """After the last backward pass: zeros for parameters that it did not reach."""
+
     def clear_gradients(self) -> None:  # noqa: B027 - most stages have nothing to do
         """After a step: forget the gradients, where DeepSpeed does not do it by itself."""
 
@@ -103,6 +106,11 @@ class Replicated(Partition):
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Whole gradients."""
         return ((p, p.grad) for parameters in self._parameters() for p in parameters if p.grad is not None)
+
+    def complete_gradients(self) -> None:
+        """As DeepSpeed does where it reduces: AdamW would leave a parameter without a gradient out."""
+        for parameter in (p for parameters in self._parameters() for p in parameters if p.grad is None):
+            parameter.grad = torch.zeros_like(parameter)
 
     def parts(self, shard: Shard) -> list[Tensor]:
         """All of the one parameter."""

@@ -62,8 +62,6 @@ def run(settled: Settled, ranks: Ranks, stop: StopRequest) -> None:
     """From the newest checkpoint, if there is one, to the end."""
     config = settled.config
     use_backends(config, ranks.device)
-    if ranks.device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.manual_seed(config.seed)  # initial weights only: all later draws are counter-based
     with run_folder(config, ranks), open_loader(config, ranks) as loader:
         check_fit(config, loader)

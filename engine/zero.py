@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -189,6 +190,8 @@ class Zero:
         if config.precision == "fp16":
             self.optimizer.loss_scaler.raise_error_at_min_scale = False  # the run says what to do then
         self.partition = PARTITIONS[config.zero.stage](self.engine, self.optimizer, self.groups, ranks)
+        if config.zero.stage == 0:
+            self._reduce_in_buckets()
         self.dtype = next(model.parameters()).dtype
         """Of the compute copy of the parameters"""
         self._products = products_for(ranks.device, self.dtype)
@@ -205,6 +208,8 @@ class Zero:
             self.engine.set_gradient_accumulation_boundary(last)
         with self._products:
             self.engine.backward(loss)
+        if last and self.config.zero.stage == 0 and self._ranks.world_size == 1:
+            self.partition.complete_gradients()
 
     @contextmanager
     def whole(self, module: nn.Module) -> Iterator[None]:
@@ -305,9 +310,17 @@ class Zero:
         # In stage 0 every rank has the whole gradient.
         return place, self._ranks.sum(squares) if self.config.zero.stage else squares
 
+    def _reduce_in_buckets(self) -> None:
+        """In stage 0 DeepSpeed reduces one flat copy of all gradients, and makes it on a single rank as well."""
+        zero = deepspeed_config(self.config, self._ranks.world_size)["zero_optimization"]
+        engine = self.engine
+        engine.enable_backward_allreduce = self._ranks.world_size > 1
+        engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=zero["reduce_bucket_size"])
+
     def _finite(self) -> bool:
-        """Whether all gradients of stage 0 are."""
-        return bool(torch.stack([g.isfinite().all() for _, g in self.partition.gradients()]).all())
+        """Whether all gradients of stage 0 are: their sums tell, in a tenth of the time that each number would take."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return bool(torch.stack([g.sum(dtype=wide) for _, g in self.partition.gradients()]).isfinite().all())
 
     def _forget_thawed(self, clock: Clock) -> None:
         """A group that thaws starts like new: while frozen, AdamW has counted its steps and gathered moments."""

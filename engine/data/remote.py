@@ -65,7 +65,6 @@ class Pipe:
     total: int | None = None
 
     def __init__(self, command: str) -> None:
-        self._command = command
         self._process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)
 
     def read(self, size: int) -> bytes:

@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ...harmony.model import Harmony
 from ..checkpoint import load_run
 from ..config import RunConfig, with_overrides
 from ..data.labelled import LabelledSample
@@ -66,11 +65,6 @@ def load_towers(path: Path, overrides: list[str]) -> tuple[RunConfig, Towers, di
     config = with_overrides(config, overrides)
     branch = choose_branch(config, model)
     return config, branch, about(config, checkpoint.name, "teacher" if branch is model.teacher else "student")
-
-
-def evaluate_model(config: RunConfig, model: Harmony, tasks: list[str]) -> dict[str, Any]:
-    """The metrics of one branch of a model. Shape of the result: see `TASKS`, one entry per task."""
-    return evaluate_towers(config, choose_branch(config, model), tasks)
 
 
 def evaluate_towers(

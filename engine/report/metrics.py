@@ -177,6 +177,7 @@ def random_levels(config: RunConfig, held: HeldOut) -> dict[str, float]:
     with suppress(UserError):
         classes = len(set(labels(held.queries, evaluate.class_key)))
         levels.update({f"zero_shot/top{k}": min(k / classes, 1.0) for k in (1, 5, 10)})
+        levels["zero_shot/mean_per_class"] = 1 / classes
     with suppress(UserError):
         groups = labels(held.queries, evaluate.group_key), labels(held.bank, evaluate.group_key)
         levels.update({f"{task}/top1": _agreement(*groups) for task in ("knn", "linear", "few_shot", "finetune")})

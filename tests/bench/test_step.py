@@ -1,6 +1,9 @@
 """The benchmark of a training step: it runs as a command, and what it counts and compares is right."""
 
+import argparse
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,8 +12,18 @@ import pytest
 import torch
 from commands import call
 from harmony_fast.bench import tables
+from harmony_fast.bench.baseline import unwatched
 from harmony_fast.bench.profiling import gaps
-from harmony_fast.bench.step import LARGEST_DIFFERENCE, OURS, compared, configured, tokens_a_sample
+from harmony_fast.bench.step import (
+    LARGEST_DIFFERENCE,
+    OURS,
+    Contender,
+    compared,
+    configured,
+    measure_all,
+    measure_each,
+    tokens_a_sample,
+)
 from harmony_fast.bench.step_rivals import PARTS, count_open_clip, made_samples
 from harmony_fast.bench.timing import Stopwatch
 from harmony_fast.engine.config import parse_config
@@ -48,13 +61,16 @@ def test_the_command_writes_json_and_plot(kind: str, tmp_path: Path) -> None:
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "step.json").read_text())
     (case,) = report["cases"]
-    assert f"{case['results'][OURS]['samples_per_second']:.2f} (" in tables.step(report)
+    assert f"{case['results'][OURS]['samples_per_second']:.3f} (" in tables.step(report)
     rival = "four passes" if kind == "step" else "open_clip"
     assert list(case["results"]) == [OURS, f"{OURS}, split", f"{OURS}, micro-batches", rival]
     for result in case["results"].values():
         assert result["samples_per_second"] > 0 and result["mfu"] > 0
         assert result["peak_mib"] > result["held_mib"] > 0
         assert {"data", "student forward", "backward", "optimizer"} <= {p for p in PARTS if result["breakdown_ms"][p]}
+    assert case["reference"] == rival and "speedup" not in case["results"][rival]
+    speeds = [case["results"][name]["samples_per_second"] for name in (OURS, rival)]
+    assert case["results"][OURS]["speedup"] == pytest.approx(speeds[0] / speeds[1])
     if kind == "step":
         assert case["right"] and case["loss_difference"][rival] < 1e-4
         assert case["results"][OURS]["flops_per_sample"] < case["results"][rival]["flops_per_sample"]
@@ -69,8 +85,49 @@ def test_predicted_peaks_are_those_of_steps(tmp_path: Path) -> None:
     assert "predicted" in run(command)
     cases = json.loads((tmp_path / "memory.json").read_text())["cases"]
     assert [case["setting"] for case in cases] == ["packed", "split"]
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
     for case in cases:
         assert case["measured"] > 0 and abs(case["error"]) <= 0.05
+
+
+def test_a_rival_that_runs_out_of_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is the system that ends it; the others are then timed alone."""
+    config = parse_config(tiny_config(), "the test")
+    options = argparse.Namespace(profile=False, rounds=1, seconds=1.0)
+    with pytest.raises(RuntimeError, match="exit status 3"):
+        measure_all({"it": Contender(Leaves, config, 1)}, options)
+    for make in (Killed, Full):
+        assert measure_all({OURS: Contender(Quick, config, 1), "it": Contender(make, config, 1)}, options) is None
+    alone = measure_each({OURS: Contender(Quick, config, 1), "it": Contender(Full, config, 1)}, options)
+    assert list(alone) == [OURS] and alone[OURS]["milliseconds"] > 0
+
+
+class Quick:
+    """A rival without a model."""
+
+    watch = staticmethod(unwatched)
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def step(self) -> dict[str, torch.Tensor]:
+        return {"contrastive": torch.ones(())}
+
+
+class Full(Quick):
+    def step(self) -> dict[str, torch.Tensor]:
+        raise torch.OutOfMemoryError("no more")
+
+
+class Killed(Quick):
+    def step(self) -> dict[str, torch.Tensor]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+class Leaves(Quick):
+    def step(self) -> dict[str, torch.Tensor]:
+        os._exit(3)
 
 
 def test_losses_that_differ_are_no_success() -> None:

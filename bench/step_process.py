@@ -1,0 +1,130 @@
+"""A rival of `harmony-fast bench step` in a process of its own, which takes steps when it is asked to.
+
+One heap for all would not do: what one rival leaves in it makes page faults in the next one's steps, a quarter of their
+time on a CPU. All have malloc keep its pages, as `harmony-fast train` does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.config import RunConfig
+from ..engine.data.batch import RawBatch
+from ..engine.distributed import Ranks, join
+from ..engine.host_memory import keep_pages_in_children
+from ..engine.live_bytes import LiveBytes
+from .baseline import unwatched
+from .profiling import summarise
+from .step_rivals import PARTS, Rival, made_samples
+from .timing import Stopwatch
+
+Make = Callable[[RunConfig, RawBatch, Ranks], Rival]
+"""What builds a rival: a class of `step_rivals`"""
+
+
+class Apart:
+    """A rival in a process that ends with the `with` block.
+
+    Its methods raise torch.OutOfMemoryError if it has run out of memory, be it that the system has killed it, and
+    RuntimeError, with its last words above, if it has failed otherwise.
+    """
+
+    def __init__(self, make: Make, config: RunConfig) -> None:
+        keep_pages_in_children()
+        context = get_context("spawn")
+        self._pipe, far = context.Pipe()
+        self._process = context.Process(target=_serve, args=(make, config, far), daemon=True)
+        self._process.start()
+        far.close()
+
+    def __enter__(self) -> Apart:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, where: TracebackType | None) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def examine(self, profile: bool) -> dict[str, Any]:
+        """See `examine`; once, before anything else."""
+        return self._ask(profile)
+
+    def step(self) -> None:
+        """One step, to its end."""
+        self._ask(None)
+
+    def _ask(self, question: object) -> Any:
+        try:
+            self._pipe.send(question)
+            answer = self._pipe.recv()
+        except (EOFError, BrokenPipeError):
+            self._process.join()
+            if self._process.exitcode == -signal.SIGKILL:
+                raise torch.OutOfMemoryError("the system has killed the process") from None
+            raise RuntimeError(f"a rival's process ended with exit status {self._process.exitcode}") from None
+        if isinstance(answer, torch.OutOfMemoryError):
+            raise answer
+        return answer
+
+
+def _serve(make: Make, config: RunConfig, pipe: Connection) -> None:
+    """Examine the rival, then take steps, until the process is ended."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    ranks = join()
+    batch = made_samples(config)
+    try:
+        rival, found = examine(lambda: make(config, batch, ranks), ranks.device, profile=pipe.recv())
+        pipe.send(found)
+        while True:
+            pipe.recv()
+            rival.step()
+            if ranks.device.type == "cuda":
+                torch.cuda.synchronize(ranks.device)
+            pipe.send(None)
+    except torch.OutOfMemoryError as error:
+        pipe.send(error)
+
+
+def examine(make: Callable[[], Rival], device: torch.device, profile: bool) -> tuple[Rival, dict[str, Any]]:
+    """A new rival: losses of its first step, peak memory of its second, breakdown of its third, perhaps a profile."""
+    rival, losses, held, peak = two_steps(make, device)
+    rival.watch = stopwatch = Stopwatch(device)
+    with stopwatch("rest"):
+        rival.step()
+    rival.watch = unwatched
+    parts = {part: 1e3 * stopwatch.seconds[part] for part in (*PARTS, "rest")}
+    found = {"losses": losses, "peak_mib": peak / 2**20, "held_mib": held / 2**20, "breakdown_ms": parts}
+    return rival, found | ({"profile": summarise(rival.step, device)} if profile else {})
+
+
+def two_steps(make: Callable[[], Rival], device: torch.device) -> tuple[Rival, dict[str, float], float, float]:
+    """A new rival after two steps, the losses of the first, and the bytes that it holds between steps and that are
+    alive at the fullest moment of the second: allocated by torch on a GPU, of live tensors on a CPU."""
+    if device.type != "cuda":
+        with LiveBytes(device) as live:
+            rival = make()
+            losses = _numbers(rival.step())
+            held, live.peak = live.now.total(), 0.0
+            rival.step()
+        return rival, losses, held, live.peak
+    before = torch.cuda.memory_allocated(device)
+    rival = make()
+    losses = _numbers(rival.step())
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    held = torch.cuda.memory_allocated(device) - before
+    rival.step()
+    torch.cuda.synchronize(device)
+    return rival, losses, held, torch.cuda.max_memory_allocated(device) - before
+
+
+def _numbers(losses: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float(loss) for name, loss in losses.items()}
