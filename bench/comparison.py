@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .timing import alternate, peak_memory
+from .timing import alternate, peak_memory, release
 
 OURS = "harmony-fast"
 TOLERANCE_OF_RIVALS = 0.05
@@ -136,13 +135,6 @@ def poisoned(on: bool) -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=True)
-
-
-def release(device: torch.device) -> None:
-    """Give memory back before the next rival."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def gradients(output: Tensor, *inputs: Tensor, of: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -22,11 +22,11 @@ from rich.table import Table
 
 from ..engine.distributed import Ranks, join
 from ..engine.memory import predict
-from .comparison import release
 from .machine import describe_machine, results_folder
 from .step import configured
 from .step_process import two_steps
 from .step_rivals import Ours, made_samples
+from .timing import release
 
 SETTINGS = {
     "packed": [], "split": ["pass=split"], "recomputed": ["activation_checkpointing.image=1"],

@@ -29,7 +29,7 @@ from .machine import describe_machine, results_folder
 from .step_process import Apart, Make
 from .step_report import plot, show
 from .step_rivals import Baseline, OpenClip, Ours, count_open_clip, made_samples
-from .timing import alternate, product_rate
+from .timing import in_turns, product_rate
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OURS, BASELINE, OPEN_CLIP = "harmony-fast", "four passes", "open_clip"
@@ -165,9 +165,8 @@ def measure_all(everyone: dict[str, Contender], options: argparse.Namespace) -> 
             for name, contender in everyone.items():
                 rivals[name] = running.enter_context(Apart(contender.make, contender.config))
                 found[name] = rivals[name].examine(options.profile)
-            # A step is asked for and waited for, so the host's clock is right for a GPU as well.
-            work = {name: rival.step for name, rival in rivals.items()}
-            timed = alternate(work, torch.device("cpu"), rounds=options.rounds, seconds=options.seconds)
+            turns = {name: rival.turn for name, rival in rivals.items()}
+            timed = in_turns(turns, rounds=options.rounds, seconds=options.seconds)
     except torch.OutOfMemoryError:
         return None
     for name, timing in timed.items():
@@ -211,7 +210,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=("step", "clip"), help="all objectives, or CLIP alone")
     parser.add_argument("--tower", nargs="+", default=["ViT-S/16", "ViT-B/16"], help="default: %(default)s")
     parser.add_argument(
-        "--micro", nargs="+", type=int, default=[96] if gpu else [16], help="samples of a step (default: %(default)s)"
+        "--micro", nargs="+", type=int, default=[96] if gpu else [8], help="samples of a step (default: %(default)s)"
     )
     precisions = ("fp32", "bf16")
     parser.add_argument("--precision", nargs="+", choices=precisions, default=["bf16"] if gpu else [*precisions])
@@ -220,7 +219,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="ours in other ways, too (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of every rival")
-    parser.add_argument("--rounds", type=int, default=15 if gpu else 5, help="timed steps (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15 if gpu else 3, help="timed steps (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=1e9, help="end a case after so long and three rounds")
     parser.add_argument("--profile", action="store_true", help="the operators that take longest, and gaps between them")
     parser.add_argument("--out", type=Path, help="folder for step.json and step.png")

@@ -1,7 +1,8 @@
 """A rival of `harmony-fast bench step` in a process of its own, which takes steps when it is asked to.
 
 One heap for all would not do: what one rival leaves in it makes page faults in the next one's steps, a quarter of their
-time on a CPU. All have malloc keep its pages, as `harmony-fast train` does.
+time on a CPU. All have malloc keep its pages, as `harmony-fast train` does; between its turns a rival gives back what
+it does not hold, so that they fit beside each other, and a turn begins with a step that is not timed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..engine.live_bytes import LiveBytes
 from .baseline import unwatched
 from .profiling import summarise
 from .step_rivals import PARTS, Rival, made_samples
-from .timing import Stopwatch
+from .timing import Stopwatch, measure, release
 
 Make = Callable[[RunConfig, RawBatch, Ranks], Rival]
 """What builds a rival: a class of `step_rivals`"""
@@ -57,9 +58,9 @@ class Apart:
         """See `examine`; once, before anything else."""
         return self._ask(profile)
 
-    def step(self) -> None:
-        """One step, to its end."""
-        self._ask(None)
+    def turn(self) -> float:
+        """Milliseconds of a step, to its end, after one that is not timed."""
+        return self._ask(None)
 
     def _ask(self, question: object) -> Any:
         try:
@@ -84,11 +85,10 @@ def _serve(make: Make, config: RunConfig, pipe: Connection) -> None:
         rival, found = examine(lambda: make(config, batch, ranks), ranks.device, profile=pipe.recv())
         pipe.send(found)
         while True:
+            release(ranks.device)
             pipe.recv()
             rival.step()
-            if ranks.device.type == "cuda":
-                torch.cuda.synchronize(ranks.device)
-            pipe.send(None)
+            pipe.send(measure(rival.step, ranks.device))
     except torch.OutOfMemoryError as error:
         pipe.send(error)
 

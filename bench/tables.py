@@ -1,8 +1,8 @@
 """`harmony-fast bench tables [--check]`: the measured numbers in README.md and docs/, made from the committed results.
 
 What lies between `<!-- bench: NAME MACHINE -->` and `<!-- /bench -->` is written by this command from
-bench/results/MACHINE/NAME.json (or bench/results/NAME.json) and by nobody else; --check says which parts are not what
-the results say, and changes nothing.
+bench/results/MACHINE/NAME.json (or bench/results/NAME.json) and by nobody else; NAME.brief is a shorter table of the
+same results. --check says which parts are not what the results say, and changes nothing.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def renewed(text: str, origin: Path) -> str:
 
     def make(found: re.Match) -> str:
         name, machine = found[2], found[3]
-        path = RESULTS / machine / f"{name}.json" if machine else RESULTS / f"{name}.json"
+        path = (RESULTS / machine if machine else RESULTS) / f"{name.removesuffix('.brief')}.json"
         if name not in TABLES:
             raise UserError(f"{origin}: no table is called '{name}'; there are {', '.join(TABLES)}")
         if not path.is_file():
@@ -101,6 +101,17 @@ def loader(report: dict[str, Any]) -> str:
     )
 
 
+def loader_brief(report: dict[str, Any]) -> str:
+    """A row per size of the sources: ours against the authors' way and against FFCV as it comes."""
+    names = (OURS, AUTHORS, TEN)
+    rows = [
+        [f"{case['side']} px", *(f"{case['results'][name]['images_per_second']:,.0f}" for name in names)]
+        for case in report["loaders"]
+    ]
+    heading = ["JPEGs of", "images/s", "PIL in worker processes", "FFCV, a pipeline per crop"]
+    return f"Measured on {_machine(report['machine'])}, {report['machine']['date']}:\n\n" + table(heading, rows)
+
+
 def demo(report: dict[str, Any]) -> str:
     """What `make demo` takes and reaches."""
     minutes, seconds = divmod(round(report["seconds_train_and_evaluate"]), 60)
@@ -139,11 +150,10 @@ def step(report: dict[str, Any]) -> str:
     """A row per case and rival."""
     rows = []
     for case in report["cases"]:
-        what = "all objectives" if case["kind"] == "step" else "CLIP alone"
         for name, r in case["results"].items():
             low, high = (1e3 * case["micro"] / t for t in reversed(r["quartiles"]))
             rows.append([
-                f"{what}, {case['tower']}, {case['micro']} samples, {case['precision']}" if name == OUR_STEP else "",
+                _case(case) if name == OUR_STEP else "",
                 name, f"{r['samples_per_second']:.3f} ({low:.3f} - {high:.3f})", ratio(r, "speedup"),
                 f"{r['peak_mib'] / 1024:.2f} GiB", ratio(r, "memory"),
                 f"{r['flops_per_sample'] / 1e9:.0f}", f"{100 * r['mfu']:.0f} %",
@@ -151,6 +161,26 @@ def step(report: dict[str, Any]) -> str:
     return f"Measured on {_machine(report['machine'])}, {report['machine']['date']}:\n\n" + table(
         ["", "", "samples/s (quartiles)", "ratio", "peak", "ratio", "GFLOP a sample", "MFU"], rows
     )
+
+
+def step_brief(report: dict[str, Any]) -> str:
+    """Speed and memory alone."""
+    rows = [
+        [
+            _case(case) if name == OUR_STEP else "", name, f"{r['samples_per_second']:.3g}", ratio(r, "speedup"),
+            f"{r['peak_mib'] / 1024:.1f} GiB", ratio(r, "memory"),
+        ]
+        for case in report["cases"] for name, r in case["results"].items()
+    ]  # fmt: skip
+    return f"Measured on {_machine(report['machine'])}, {report['machine']['date']}:\n\n" + table(
+        ["", "", "samples/s", "", "peak", ""], rows
+    )
+
+
+def _case(case: dict[str, Any]) -> str:
+    """In words."""
+    what = "all objectives" if case["kind"] == "step" else "CLIP alone"
+    return f"{what}, {case['tower']}, {case['micro']} samples, {case['precision']}"
 
 
 SWEPT = ("zero_shot/top10", "retrieval/image_to_text/r10", "retrieval/text_to_image/r10", "knn/top1")
@@ -226,8 +256,9 @@ def faults(report: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "loader": loader, "demo": demo, "aot": aot, "step": step, "sweep": sweep, "kernels": kernels,
-    "scaling": memory_table, "hours": hours_table, "plan": plan, "checkpoints": checkpoints, "faults": faults,
+    "loader": loader, "loader.brief": loader_brief, "demo": demo, "aot": aot, "step": step, "step.brief": step_brief,
+    "sweep": sweep, "kernels": kernels, "scaling": memory_table, "hours": hours_table, "plan": plan,
+    "checkpoints": checkpoints, "faults": faults,
 }  # fmt: skip
 """What makes the part of each name"""
 

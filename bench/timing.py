@@ -9,15 +9,14 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 Work = Callable[[], object]
-LONG = 1e3
-"""Milliseconds from which one call is enough to warm up"""
 
 
 class Timing(NamedTuple):
@@ -32,20 +31,25 @@ class Timing(NamedTuple):
 def alternate(
     rivals: Mapping[str, Work], device: torch.device, *, rounds: int = 15, seconds: float = 10.0
 ) -> dict[str, Timing]:
-    """Time every rival once a round, each round starting with another one, after a call to warm up, or three where it
-    is short.
+    """Time every rival once a round, each round starting with another one, after three calls to warm up.
 
     A sample is the time from one call to the next over several calls in a row where a call is short (under 2 ms), so
     the cost of launching kernels counts where it is felt. Stops after `rounds`, or after `seconds` with three at least.
     """
     repeats = {name: _repeats(work, device) for name, work in rivals.items()}
-    samples: dict[str, list[float]] = {name: [] for name in rivals}
-    order, start = list(rivals), time.perf_counter()
+    turns = {name: partial(measure, work, device, repeats[name]) for name, work in rivals.items()}
+    return in_turns(turns, rounds=rounds, seconds=seconds)
+
+
+def in_turns(turns: Mapping[str, Callable[[], float]], *, rounds: int, seconds: float) -> dict[str, Timing]:
+    """The loop of `alternate`. turns: what gives the milliseconds of one turn, by name."""
+    samples: dict[str, list[float]] = {name: [] for name in turns}
+    order, start = list(turns), time.perf_counter()
     for done in range(rounds):
         if done >= 3 and time.perf_counter() - start > seconds:
             break
         for name in order[done % len(order) :] + order[: done % len(order)]:
-            samples[name].append(measure(rivals[name], device, repeats[name]))
+            samples[name].append(turns[name]())
     return {name: summary(values) for name, values in samples.items()}
 
 
@@ -64,6 +68,16 @@ def measure(work: Work, device: torch.device, repeats: int = 1) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / repeats
+
+
+def release(device: torch.device) -> None:
+    """Let others have the memory that is free."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        with suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def summary(samples: list[float]) -> Timing:
@@ -87,14 +101,12 @@ def peak_memory(work: Work, device: torch.device) -> float | None:
         torch.cuda.synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     try:
-        ctypes.CDLL(None).malloc_trim(
-            0
-        )  # what was freed before goes back to the system, or it would hide what is taken
+        release(device)  # what was freed before would hide what is taken
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark (proc(5))
         resident = _resident("VmRSS")
         work()
         return max(0.0, _resident("VmHWM") - resident)
-    except (OSError, AttributeError):
+    except OSError:
         return None
 
 
@@ -146,7 +158,6 @@ def _resident(field: str) -> float:
 
 def _repeats(work: Work, device: torch.device) -> int:
     """Warm up; then how many calls last about 2 ms."""
-    if measure(work, device) > LONG:
-        return 1
+    work()
     once = max(min(measure(work, device), measure(work, device)), 1e-3)
     return max(1, min(50, round(2.0 / once)))
