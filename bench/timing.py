@@ -144,7 +144,8 @@ class Stopwatch:
 def product_rate(rows: int, width: int, dtype: torch.dtype, device: torch.device, seconds: float = 2.0) -> float:
     """Operations per second of a matrix product as in a transformer's MLP: [rows, width] times [width, 4 width]."""
     x, w = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, width), (width, 4 * width)))
-    timed = alternate({"product": lambda: x @ w}, device, rounds=50, seconds=seconds)["product"]
+    out = torch.empty(rows, 4 * width, device=device, dtype=dtype)  # a new one each time would make page faults
+    timed = alternate({"product": lambda: torch.mm(x, w, out=out)}, device, rounds=50, seconds=seconds)["product"]
     return 2 * rows * width * 4 * width / timed.median * 1e3
 
 
