@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-EVERY = ("kernels", "loader", "step", "memory", "scaling", "guard", "tables")
+EVERY = ("kernels", "loader", "step", "memory", "peaks", "scaling", "guard", "tables")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from ..engine.errors import UserError
 from ..engine.sweep_results import heading
 from .loader import AUTHORS, OURS, OURS_AUGMENTED, STREAMED, TEN
 from .machine import RESULTS, ROOT
+from .peaks import table as peaks_table
 from .plan import markdown as plan_table
 from .scaling_report import hours_table, memory_table
 from .step import OURS as OUR_STEP
@@ -255,10 +256,17 @@ def faults(report: dict[str, Any]) -> str:
     )
 
 
+def peaks_brief(report: dict[str, Any]) -> str:
+    """The largest batch alone."""
+    largest = max(case["batch"] for case in report["cases"])
+    return peaks_table({"cases": [case for case in report["cases"] if case["batch"] == largest]})
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "loader": loader, "loader.brief": loader_brief, "demo": demo, "aot": aot, "step": step, "step.brief": step_brief,
     "sweep": sweep, "kernels": kernels, "scaling": memory_table, "hours": hours_table, "plan": plan,
-    "checkpoints": checkpoints, "faults": faults,
+    "checkpoints": checkpoints, "faults": faults, "peaks": peaks_table,
+    "peaks.brief": peaks_brief,
 }  # fmt: skip
 """What makes the part of each name"""
 

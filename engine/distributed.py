@@ -123,7 +123,7 @@ def join() -> Ranks:
 
 
 def _end_with_launcher() -> None:
-    """Have this rank killed when the process that launched it is gone, however that ended: nothing else would."""
+    """Have this process killed when the one that launched it is gone, however that ended: nothing else would."""
     if LAUNCHER not in os.environ or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
@@ -167,6 +167,7 @@ def launch(ranks: int, arguments: list[str]) -> None:
     """
     if torch.cuda.is_available() and ranks > torch.cuda.device_count():
         raise UserError(f"{ranks} GPUs asked for, {torch.cuda.device_count()} found")
+    _end_with_launcher()
     while True:
         result = _run_ranks(ranks, arguments)
         if result is not None and not result.is_failed():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .checkpoint_folder import CheckpointFolder, step_of
 from .config import RunConfig, differences, dump_config, load_config
+from .distributed import LAUNCHER
 from .errors import UserError
 from .evaluate import evaluate_run
 from .evaluated import known_metrics
@@ -133,7 +135,8 @@ def carry_out(trial: Trial, ranks: int) -> None:
             (trial.folder / "metrics.json").unlink(missing_ok=True)
             config.write_text(dump_config(trial.config), encoding="utf-8")
             command = [sys.executable, "-m", "harmony_fast.engine.cli", "train", str(config), "--ranks", str(ranks)]
-            status = finish(subprocess.Popen(command, stdout=words, stderr=words, start_new_session=True))
+            alone = {**os.environ, LAUNCHER: str(os.getpid())}  # it ends with this process
+            status = finish(subprocess.Popen(command, stdout=words, stderr=words, env=alone, start_new_session=True))
             if status or not trial.trained:
                 raise UserError(f"{last_words(log) or f'exit status {status}'} (all of it: {log})")
         if not trial.evaluated:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from commands import start
 from harmony_fast.engine.config import load_config
 from harmony_fast.engine.data.prepare import prepare
 from harmony_fast.engine.errors import UserError
@@ -152,6 +153,20 @@ def test_stopping_going_on_and_failing(folder: Path, capsys: pytest.CaptureFixtu
     assert trial.evaluated  # so the next call leaves it alone
     with pytest.raises(UserError, match=f"holds a sweep with steps {STEPS}, not 4"):
         sweep(folder, 4)
+
+
+def test_training_ends_with_its_sweep(folder: Path) -> None:
+    """Also with one that is killed: else nobody could go on in the run's folder."""
+    words = folder / "clip.yaml", "--data", folder / "shared.yaml", "--seeds", 1, "--out", folder / "killed"
+    process = start("sweep", *words, "epochs=2000")
+    while not (folder / "killed" / "clip" / "seed-0" / "log.jsonl").is_file() and process.poll() is None:
+        time.sleep(0.05)
+    [child] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    end = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_mean_and_spread_over_seeds(budget: Budget, tmp_path: Path) -> None:
