@@ -86,7 +86,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
         for axis in (time, memory):
             axis.tick_params(labelsize=8)
             axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(fontsize=7, ncols=4, frameon=False, loc="upper right")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    parts = dict(zip(labels, handles, strict=True))  # each name once, though every rival has its parts
+    figure.legend(parts.values(), parts.keys(), fontsize=7, ncols=7, frameon=False, loc="outside lower center")
     machine = report["machine"]
     name = machine["gpu"]["name"] if report["device"] == "cuda" else f"{machine['processor']}, {machine['cores']} cores"
     figure.suptitle(f"{name}; torch {machine['versions']['torch']}; {machine['date']}", fontsize=10)
