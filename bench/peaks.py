@@ -11,13 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 from ..engine.build import build_model
 from ..engine.config import RunConfig, with_overrides
@@ -70,11 +73,26 @@ def baseline_peak(config: RunConfig) -> float:
     with torch.device("meta"):
         model = build_model(config.model_copy(update={"compile": False})).train()
     passes = FourPass(model, config)
-    with LiveBytes("meta") as live:
+    with LiveBytes("meta") as live, _attention_as_on_a_cpu():
         passes.gradient(imagined_views(config), CLOCK)
     own = [*passes.model.parameters(), *passes.model.buffers()]
     moments = 2 * sum(p.nbytes for p in passes.model.parameters() if p.requires_grad)
     return sum(t.nbytes for t in own) + moments + live.peak
+
+
+@contextmanager
+def _attention_as_on_a_cpu() -> Iterator[None]:
+    """PyTorch's attention, which text towers call, keeps no maps on a CPU; on the meta device it would be composed."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_: object, **__: object) -> Tensor:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=attn_mask)[0]
+
+    before = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = attend  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = before
 
 
 def table(report: dict[str, Any]) -> str:
