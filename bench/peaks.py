@@ -73,7 +73,9 @@ def baseline_peak(config: RunConfig) -> float:
     with torch.device("meta"):
         model = build_model(config.model_copy(update={"compile": False})).train()
     passes = FourPass(model, config)
-    with LiveBytes("meta") as live, _attention_as_on_a_cpu():
+    live = LiveBytes("meta")
+    live.watch(passes.model)  # weights are counted by themselves
+    with live, _attention_as_on_a_cpu():
         passes.gradient(imagined_views(config), CLOCK)
     own = [*passes.model.parameters(), *passes.model.buffers()]
     moments = 2 * sum(p.nbytes for p in passes.model.parameters() if p.requires_grad)
