@@ -55,7 +55,7 @@ def image_block(block: Block, x: Tensor, branch: tuple[Tensor, Tensor] | None = 
     weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
     mixed = attention.proj((weights @ v).transpose(1, 2).flatten(2))
     x = x + (mixed if branch is None else mixed * branch[0])
-    mixed = block.mlp(block.norm2(x))
+    mixed = block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
     return x + (mixed if branch is None else mixed * branch[1]), weights
 
 
@@ -81,7 +81,8 @@ def text_blocks(transformer: TextTransformer, x: Tensor) -> Tensor:
     causal = torch.full((len(x), len(x)), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
     for block in cast(Iterable[TextBlock], transformer.resblocks):
         x = x + _text_attention(block, block.ln_1(x), causal)
-        x = x + block.mlp(block.ln_2(x))
+        hidden = block.mlp.c_fc(block.ln_2(x))
+        x = x + block.mlp.c_proj(hidden * torch.sigmoid(1.702 * hidden))
     return x.transpose(0, 1)
 
 

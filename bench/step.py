@@ -1,7 +1,8 @@
 """`harmony-fast bench step`: our training step against the four-pass baseline, and CLIP alone against open_clip.
 
 Each case is a tower, a number of samples and a precision. All rivals start from the same seed and get the same
-samples; the baseline's losses are held against ours. Peak memory, breakdown and profile come from steps that are not
+samples; the baseline's losses are held against ours. On a CPU ours goes through a step in eight micro-batches, with the
+contrast of all samples. Peak memory, breakdown and profile come from steps that are not
 timed; the timed steps alternate, each rival in a process of its own. Memory is what torch has allocated on a GPU, and
 the counted bytes of live tensors on a CPU. Writes step.json and step.png to bench/results/<machine>/.
 """
@@ -13,6 +14,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +25,7 @@ from ..engine.backends import DTYPES
 from ..engine.config import RunConfig, load_config, with_overrides
 from ..engine.data.views import StepViews
 from ..engine.half_on_cpu import ProductsInFloat, products_for
+from ..engine.host_memory import host_memory
 from ..harmony.views import Views
 from .counts import CLOCK, count_baseline, count_ours
 from .machine import describe_machine, results_folder
@@ -35,10 +38,15 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 OURS, BASELINE, OPEN_CLIP = "harmony-fast", "four passes", "open_clip"
 BASELINE_FP32 = "four passes, fp32"
 VARIANTS = {
-    "compiled": ["compile=true"], "split": ["pass=split"], "micro-batches": ["data.micro_batch_size={quarter}"],
+    "compiled": ["compile=true"], "split": ["pass=split"], "one pass": ["data.micro_batch_size={all}"],
+    "micro-batches": ["data.micro_batch_size={quarter}"],
     "recomputed": ["activation_checkpointing.image=1", "activation_checkpointing.text=1"],
 }  # fmt: skip
 """Ours in other ways; micro-batches: four of them, with the contrast of the whole step"""
+ROOMY = 0.75
+"""Share of the host's memory up to which rivals keep what they took between their turns"""
+PIECES = 8
+"""Micro-batches of a step of all objectives on a CPU"""
 GOALS = {"cpu": {"fp32": (1.5, 0.5), "bf16": (2.5, 0.5)}, "cuda": {"bf16": (3.0, 0.35)}}
 """By device and precision: how many times the baseline's samples/s, and which share of its peak memory, ours is to
 reach; with bf16 on a CPU, of the baseline in fp32"""
@@ -96,7 +104,8 @@ def measure_case(
     kind: str, tower: str, micro: int, precision: str, device: torch.device, options: argparse.Namespace
 ) -> dict[str, Any]:
     """One case as plain data."""
-    config = configured(kind, tower, micro, precision, options.set)
+    pieces = max(n for n in range(1, options.pieces + 1) if micro % n == 0) if kind == "step" else 1
+    config = configured(kind, tower, micro, precision, [f"data.micro_batch_size={micro // pieces}", *options.set])
     views = StepViews(config, made_samples(config), CLOCK)[0].to(torch.device("meta"))
     everyone = contenders(kind, config, views, device, options.variant)
     shape = micro * tokens_a_sample(config), config.model.image.width, DTYPES[precision], device
@@ -110,7 +119,7 @@ def measure_case(
         found |= {"samples_per_second": per_second, "flops_per_sample": flops, "mfu": flops * per_second / rate}
     return {
         "kind": kind, "tower": tower, "micro": micro, "precision": precision,
-        "objectives": [*config.objectives.active()], "caption_tokens": float(views.lengths.float().mean()),
+        "objectives": [*config.objectives.active()], "micro_batch": config.data.micro_batch_size, "caption_tokens": float(views.lengths.float().mean()),
         "product_rate": rate, "in_turn": in_turn is not None, "results": results, "not_run": not_run,
         **compared(kind, precision, device, results),
     }  # fmt: skip
@@ -123,8 +132,8 @@ def contenders(
     ours = count_ours(config, views).flops
     found = {OURS: Contender(Ours, config, ours)}
     for name in variants:
-        quarter = max(1, config.data.batch_size // 4)
-        chosen = with_overrides(config, [setting.format(quarter=quarter) for setting in VARIANTS[name]])
+        sizes = {"all": config.data.batch_size, "quarter": max(1, config.data.batch_size // 4)}
+        chosen = with_overrides(config, [setting.format(**sizes) for setting in VARIANTS[name]])
         found[f"{OURS}, {name}"] = Contender(Ours, chosen, ours)
     if kind == "clip":
         found[OPEN_CLIP] = Contender(OpenClip, config, count_open_clip(config))
@@ -167,7 +176,8 @@ def measure_all(everyone: dict[str, Contender], options: argparse.Namespace) -> 
             for name, contender in everyone.items():
                 rivals[name] = running.enter_context(Apart(contender.make, contender.config))
                 found[name] = rivals[name].examine(options.profile)
-            turns = {name: rival.turn for name, rival in rivals.items()}
+            crowded = sum(f["peak_mib"] * 2**20 for f in found.values()) > ROOMY * host_memory()
+            turns = {name: partial(rival.turn, crowded) for name, rival in rivals.items()}
             timed = in_turns(turns, rounds=options.rounds, seconds=options.seconds)
     except torch.OutOfMemoryError:
         return None
@@ -212,8 +222,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=("step", "clip"), help="all objectives, or CLIP alone")
     parser.add_argument("--tower", nargs="+", default=["ViT-S/16", "ViT-B/16"], help="default: %(default)s")
     parser.add_argument(
-        "--micro", nargs="+", type=int, default=[96] if gpu else [8], help="samples of a step (default: %(default)s)"
+        "--micro", nargs="+", type=int, default=[96] if gpu else [16], help="samples of a step (default: %(default)s)"
     )
+    parser.add_argument(
+        "--pieces", type=int, default=1 if gpu else PIECES,
+        help="micro-batches that ours goes through all objectives in (default: %(default)s)",
+    )  # fmt: skip
     precisions = ("fp32", "bf16")
     parser.add_argument("--precision", nargs="+", choices=precisions, default=["bf16"] if gpu else [*precisions])
     parser.add_argument("--variant", nargs="+", choices=list(VARIANTS), default=[], help="ours in other ways, too")

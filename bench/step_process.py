@@ -1,8 +1,8 @@
 """A rival of `harmony-fast bench step` in a process of its own, which takes steps when it is asked to.
 
 One heap for all would not do: what one rival leaves in it makes page faults in the next one's steps, a quarter of their
-time on a CPU. All have malloc keep its pages, as `harmony-fast train` does; between its turns a rival gives back what
-it does not hold, so that they fit beside each other, and a turn begins with a step that is not timed.
+time on a CPU. All have malloc keep its pages, as `harmony-fast train` does. Where they would not fit beside each other a
+rival gives back between its turns what it does not hold, and a turn begins with a step that is not timed.
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ class Apart:
         """See `examine`; once, before anything else."""
         return self._ask(profile)
 
-    def turn(self) -> float:
-        """Milliseconds of a step, to its end, after one that is not timed."""
-        return self._ask(None)
+    def turn(self, crowded: bool) -> float:
+        """Milliseconds of a step, to its end. crowded: give back afterwards what it took, for the others' turns; after
+        that, and in the first turn, a step that is not timed comes first."""
+        return self._ask(crowded)
 
     def _ask(self, question: object) -> Any:
         try:
@@ -84,11 +85,15 @@ def _serve(make: Make, config: RunConfig, pipe: Connection) -> None:
     try:
         rival, found = examine(lambda: make(config, batch, ranks), ranks.device, profile=pipe.recv())
         pipe.send(found)
+        cold = True
         while True:
-            release(ranks.device)
-            pipe.recv()
-            rival.step()
+            if cold:
+                release(ranks.device)
+            crowded = pipe.recv()
+            if cold:
+                rival.step()
             pipe.send(measure(rival.step, ranks.device))
+            cold = crowded
     except torch.OutOfMemoryError as error:
         pipe.send(error)
 

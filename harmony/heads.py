@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .image_encoder import Block
+from .image_encoder import Block, Wanted
 from .packing import Layout, pack_dense
 from .recompute import run_block
 from .text_encoder import TextTransformer
@@ -97,10 +97,12 @@ class PixelDecoder(nn.Module):
         masks = self.mask_token + position[1 + removed]
         seen = x[:, 1:] + position[1 + kept]
         tokens = torch.cat([x[:, :1] + position[0], seen, masks.to(x.dtype)], 1)
-        x, layout = pack_dense([tokens])
+        packed, layout = pack_dense([tokens])
+        read = torch.arange(len(packed), device=x.device).view(tokens.shape[:2])[:, 1 + kept.shape[1] :].flatten()
         for i, block in enumerate(self.blocks):
-            x = run_block(block, i, self.checkpoint_every, x, layout)
-        hidden = x.view(*tokens.shape[:2], width)[:, 1 + kept.shape[1] :]
+            last = [(None, None), Wanted(read, None)] if i == len(self.blocks) - 1 else []
+            packed = run_block(block, i, self.checkpoint_every, packed, layout, *last)
+        hidden = packed.view(*removed.shape, width)
         return self.pred(self.norm(hidden))
 
 

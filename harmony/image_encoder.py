@@ -17,7 +17,7 @@ from ..kernels import masked_attention
 from .config import Config
 from .packing import Layout, pack_dense, unpack_dense
 from .randomness import split
-from .recompute import run_block
+from .recompute import Linear, again, run_block
 from .stochastic_depth import BranchesKept, Kept, add_branch, draw_kept
 from .views import Reads, Request, View, Views
 
@@ -82,12 +82,12 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, layout: Layout, index: Tensor | None = None) -> Tensor:
-        """[T, D] -> [T, D], or [R, D] for the tokens at index."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+    def forward(self, x: Tensor, norm: nn.LayerNorm, layout: Layout, index: Tensor | None = None) -> Tensor:
+        """Of the normalised x: [T, D] -> [T, D], or [R, D] for the tokens at index."""
+        q, k, v = self.qkv(norm(x), x, again(norm)).unflatten(-1, (3, self.heads, -1)).unbind(1)
         mixed = masked_attention(q, k, v, layout.offsets, layout.max_length).flatten(1)
         return self.proj(mixed if index is None else mixed.index_select(0, index))
 
@@ -97,20 +97,22 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, D] -> [T, D]."""
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """Of the normalised x: [T, D] -> [T, D]."""
+        hidden = self.fc1(norm(x), x, again(norm))
+        return self.fc2(F.gelu(hidden), hidden, F.gelu)
 
 
 class Block(nn.Module):
     """Pre-norm transformer block.
 
-    For the backward pass it keeps 16 D numbers of each token: its input D, the normalised input D, q, k and v 3 D, what
-    attention gives D, the stream after attention D, its normalised form D, both sides of the GELU 8 D; and in fp32 the
-    mean and deviation of either norm, and attention's log-sum-exp, one per head. Checkpointed, its input alone: D.
+    For the backward pass it keeps 10 D numbers of each token: its input D, q, k and v 3 D, what attention gives D, the
+    stream after attention D, the MLP's hidden layer 4 D; and in fp32 the mean and deviation of either norm, and
+    attention's log-sum-exp, one per head. What norms and the GELU give is computed again (`recompute`), which saves 6 D.
+    Checkpointed, its input alone: D.
     """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, eps: float) -> None:
@@ -127,17 +129,17 @@ class Block(nn.Module):
         computed for (stochastic depth)."""
         if wanted is not None:
             return self._finish(x, layout, kept, wanted)
-        x = add_branch(x, lambda part, of: self.attn(self.norm1(part), of), layout, kept[0])
-        return add_branch(x, lambda part, _: self.mlp(self.norm2(part)), layout, kept[1])
+        x = add_branch(x, lambda part, of: self.attn(part, self.norm1, of), layout, kept[0])
+        return add_branch(x, lambda part, _: self.mlp(part, self.norm2), layout, kept[1])
 
     def _finish(self, x: Tensor, layout: Layout, kept: BranchesKept, wanted: Wanted) -> Tensor:
         """The last block: every token is a key, and those that are wanted go on."""
         if kept[0] is None:
-            x = x.index_select(0, wanted.places) + self.attn(self.norm1(x), layout, wanted.places)
+            x = x.index_select(0, wanted.places) + self.attn(x, self.norm1, layout, wanted.places)
         else:
-            x = add_branch(x, lambda part, of: self.attn(self.norm1(part), of), layout, kept[0])
+            x = add_branch(x, lambda part, of: self.attn(part, self.norm1, of), layout, kept[0])
             x = x.index_select(0, wanted.places)
-        branch = self.mlp(self.norm2(x))
+        branch = self.mlp(x, self.norm2)
         return x + (branch if wanted.scale is None else branch * wanted.scale)
 
 

@@ -1,9 +1,65 @@
-"""Activation checkpointing (Chen et al. 2016): some blocks keep only their input and run again in the backward pass."""
+"""Activations that are computed again in the backward pass instead of being kept.
+
+Always: what is cheap to compute, the inputs of linear layers that come from a norm or an activation function (`Linear`).
+Where asked for: whole blocks, which keep their input alone (activation checkpointing, Chen et al. 2016).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+Make = Callable[[Tensor], Tensor]
+"""A function of a tensor that is cheap to compute; what else it needs, it holds without a graph"""
+
+
+class Linear(nn.Linear):
+    """A linear layer that need not keep its input: see `linear_of`."""
+
+    def forward(self, made: Tensor, source: Tensor | None = None, make: Make | None = None) -> Tensor:
+        """[T, D] -> [T, D']. With source and make, made = make(source) is made again in the backward pass."""
+        return linear_of(made, source, make, self.weight, self.bias)
+
+
+def linear_of(made: Tensor, source: Tensor | None, make: Make | None, weight: Tensor, bias: Tensor) -> Tensor:
+    """made W^T + b, where made = make(source) [T, D] is not kept for the backward pass but made again there.
+
+    Whatever makes it keeps its source [T, D] in any case, so that only made is saved: D numbers a token behind a norm,
+    4 D behind an MLP's activation function. Under `torch.compile` nothing is done: its partitioner decides.
+    """
+    if source is None or make is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return F.linear(made, weight, bias)
+    return _LinearOf.apply(made, source.detach(), make, weight, bias)
+
+
+def again(norm: nn.LayerNorm) -> Make:
+    """The norm as a function without a graph."""
+    shape, weight, bias, eps = norm.normalized_shape, norm.weight.detach(), norm.bias.detach(), norm.eps
+    return lambda x: F.layer_norm(x, shape, weight, bias, eps)
+
+
+class _LinearOf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, made: Tensor, source: Tensor, make: Make, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(source, weight)
+        ctx.make = make
+        return F.linear(made, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None]:
+        source, weight = ctx.saved_tensors
+        to_made, _, _, to_weight, to_bias = ctx.needs_input_grad
+        # In this order: what is made again is gone before the gradient with respect to it takes its place.
+        of_weight = gradient.T @ ctx.make(source) if to_weight else None
+        of_made = gradient @ weight if to_made else None
+        return of_made, None, None, of_weight, gradient.sum(0) if to_bias else None
 
 
 def run_block(block: nn.Module, index: int, every: int, x: Tensor, *arguments: object) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..kernels import masked_attention
 from .config import Config
 from .packing import CaptionLayout, Layout, lay_out_captions, repeated
-from .recompute import run_block
+from .recompute import Linear, again, linear_of, run_block
 from .views import Request, View, Views
 
 
@@ -52,33 +52,29 @@ class CausalAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """[T, D] -> [T, D]."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+    def forward(self, x: Tensor, norm: nn.LayerNorm, layout: Layout) -> Tensor:
+        """Of the normalised x: [T, D] -> [T, D]."""
+        qkv = linear_of(norm(x), x, again(norm), self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)
         return self.out_proj(masked_attention(q, k, v, layout.offsets, layout.max_length, causal=True).flatten(1))
 
 
-class QuickGELU(nn.Module):
-    """x sigmoid(1.702 x)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape."""
-        return x * torch.sigmoid(1.702 * x)
-
-
 class TextMlp(nn.Module):
-    """Two linear layers around a QuickGELU."""
+    """Two linear layers around CLIP's approximate GELU, x sigmoid(1.702 x) = silu(1.702 x) / 1.702."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(width, hidden)
-        self.gelu = QuickGELU()
-        self.c_proj = nn.Linear(hidden, width)
+        self.c_fc = Linear(width, hidden)
+        self.c_proj = Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, D] -> [T, D]."""
-        return self.c_proj(self.gelu(self.c_fc(x)))
+    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """Of the normalised x: [T, D] -> [T, D]."""
+        hidden = 1.702 * self.c_fc(norm(x), x, again(norm))
+        return self.c_proj(_scaled_silu(hidden), hidden, _scaled_silu)
+
+
+def _scaled_silu(x: Tensor) -> Tensor:
+    return F.silu(x).div_(1.702)
 
 
 class TextBlock(nn.Module):
@@ -93,8 +89,8 @@ class TextBlock(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """[T, D] -> [T, D]."""
-        x = x + self.attn(self.ln_1(x), layout)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.attn(x, self.ln_1, layout)
+        return x + self.mlp(x, self.ln_2)
 
 
 class TextTransformer(nn.Module):

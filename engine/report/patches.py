@@ -48,7 +48,7 @@ def class_attention(encoder: ImageEncoder, images: Tensor) -> Tensor:
     """
     attention = cast(Block, encoder.blocks[-1]).attn
     inputs: list[Tensor] = []
-    hook = attention.register_forward_pre_hook(lambda _module, arguments: inputs.append(arguments[0]))
+    hook = attention.qkv.register_forward_pre_hook(lambda _module, arguments: inputs.append(arguments[0]))
     try:
         encoder.features(images.to(encoder.cls_token.device))
     finally:

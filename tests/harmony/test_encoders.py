@@ -8,7 +8,7 @@ import timm
 import torch
 from harmony_fast.harmony.image_encoder import ImageConfig, ImageEncoder, patchify, unpatchify
 from harmony_fast.harmony.packing import lay_out_captions, pack_dense, unpack_dense
-from harmony_fast.harmony.text_encoder import QuickGELU, TextConfig, TextEncoder
+from harmony_fast.harmony.text_encoder import TextConfig, TextEncoder
 from harmony_fast.harmony.views import View, Views, ViewsConfig, draw_views
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,7 +61,7 @@ def test_text_encoder_is_open_clips() -> None:
     torch.manual_seed(1)
     ours = TextEncoder(TEXT, embed_dim=16).double()
     theirs = open_clip.transformer.TextTransformer(
-        context_length=12, vocab_size=51, width=32, heads=2, layers=2, output_dim=16, act_layer=QuickGELU
+        context_length=12, vocab_size=51, width=32, heads=2, layers=2, output_dim=16, act_layer=open_clip.transformer.QuickGELU
     ).double()
     missing = theirs.load_state_dict(ours.state_dict(), strict=False)
     assert not missing.missing_keys and not missing.unexpected_keys

@@ -38,8 +38,8 @@ def test_equals_multiplied_branches(lengths: list[int], rate: float, seed: int) 
     weight = torch.randn_like(x)
 
     out = block(x, layout, kept)
-    y = x + factors(kept[0], len(x)) * block.attn(block.norm1(x), layout)
-    expected = y + factors(kept[1], len(x)) * block.mlp(block.norm2(y))
+    y = x + factors(kept[0], len(x)) * block.attn(x, block.norm1, layout)
+    expected = y + factors(kept[1], len(x)) * block.mlp(y, block.norm2)
     torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-12)
 
     leaves = [x, *block.parameters()]

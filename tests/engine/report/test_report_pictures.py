@@ -43,7 +43,7 @@ def model() -> Harmony:
 def test_attention_maps_are_the_weights_that_the_block_uses(model: Harmony) -> None:
     encoder, images = model.student.image, torch.randn(3, 3, 32, 32)
     attention, seen = encoder.blocks[-1].attn, []
-    attention.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    attention.qkv.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     attention.proj.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     with torch.no_grad():
         weights = class_attention(encoder, images)
