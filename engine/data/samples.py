@@ -75,7 +75,7 @@ class FileSample:
             value = None
         if text is not None and not isinstance(value, list):
             value = _spelled_list(text) or (text.splitlines() if lines else text)
-        return usable_captions([value] if isinstance(value, str) else value)
+        return usable_captions(value if isinstance(value, list) else [value])
 
     def _text(self) -> str | None:
         try:
@@ -152,9 +152,9 @@ def read_small(path: Path) -> bytes:
         raise DataError(f"{path}: reading failed: {error.strerror}; run again when it is readable") from error
 
 
-def usable_captions(values: Iterable[Any] | None) -> list[str]:
+def usable_captions(values: Iterable[Any]) -> list[str]:
     """The texts among `values` that say something. Raises Rejected where there is none, with the reason."""
-    texts = [value for value in values or [] if isinstance(value, str)]
+    texts = [value for value in values if isinstance(value, str)]
     if not texts:
         raise Rejected("caption missing")
     said = [text for text in texts if _says_something(text)]
@@ -189,7 +189,7 @@ def _spelled_list(text: str) -> list[Any] | None:
     for parse in (json.loads, ast.literal_eval):
         try:
             value = parse(text.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # the second: `[{[]}]`
             continue
         if isinstance(value, list) and value and all(isinstance(entry, str) for entry in value):
             return value

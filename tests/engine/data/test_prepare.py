@@ -137,6 +137,9 @@ def bad_samples(picture: Callable, encoded: Callable) -> dict[str, tuple[list[tu
     captions = {
         "missing": ([], "caption missing"),
         "null": ([("null.json", b'{"caption": null}')], "caption missing"),
+        "number": ([("number.json", b'{"caption": 5}')], "caption missing"),
+        "object": ([("object.json", b'{"caption": {"en": "a dog"}}')], "caption missing"),
+        "bare": ([("bare.json", b"true")], "caption missing"),
         "broken": ([("broken.json", b"{")], "json not readable"),
         "empty": ([("empty.txt", b"")], "caption empty"),
         "blank": ([("blank.txt", " \n\t\0\x07\u200b\u00a0".encode())], "caption empty"),

@@ -281,6 +281,7 @@ LISTS = {
 
 def test_lists_of_captions(tar: Callable, jpegs: list[bytes], tmp_path: Path) -> None:
     samples = {**LISTS, "lines": {"txt": b"one\n\n two \n"}, "single": {"txt": b"[not a list"}}
+    samples["unhashable"] = {"txt": b"[{[]: 1}]"}
     files = [f for key, parts in samples.items() for f in ((f"{key}.jpg", jpegs[0]), *(
         (f"{key}.{extension}", data) for extension, data in parts.items()))]  # fmt: skip
     shard = tar("a.tar", files)
@@ -289,6 +290,7 @@ def test_lists_of_captions(tar: Callable, jpegs: list[bytes], tmp_path: Path) ->
     assert {key: every[key] for key in LISTS} == dict.fromkeys(LISTS, tokens("one", "two"))
     assert (one["lines"], every["lines"]) == (tokens("one\n\n two \n"), tokens("one", " two "))
     assert one["single"] == every["single"] == tokens("[not a list")
+    assert one["unhashable"] == every["unhashable"] == tokens("[{[]: 1}]")
 
 
 def test_a_file_with_several_captions_is_still_ffcvs(tar: Callable, jpegs: list[bytes], tmp_path: Path) -> None:
