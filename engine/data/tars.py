@@ -35,6 +35,8 @@ def open_tar(path: Path, start: int = 0) -> Iterator[tuple[tarfile.TarFile, Bina
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     with file:
+        if not file.seekable():
+            raise DataError(f"{path}: is a pipe, and tars are read by place; write it to a file first")
         file.seek(start)
         with tar_of(file, str(path)) as tar:
             yield tar, file

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +13,8 @@ import numpy as np
 import pytest
 from ffcv.reader import Reader
 from harmony_fast.engine.data.beton import open_beton
-from harmony_fast.engine.data.parts import tokenize
 from harmony_fast.engine.data.prepare import Summary, prepare
+from harmony_fast.engine.data.tokens import tokenize
 from harmony_fast.engine.errors import DataError
 from PIL import Image
 
@@ -232,6 +233,7 @@ def test_sources_and_options_that_cannot_be_used(tar: Callable, pairs: Callable,
         "*.zip": "no file matches",
         "empty": "no tar in this folder",
         "{0..1}.tar": "no such file",
+        "long" * 99: "File name too long",
     }
     for source, message in wrong.items():
         with pytest.raises(DataError, match=message) as error:
@@ -243,6 +245,17 @@ def test_sources_and_options_that_cannot_be_used(tar: Callable, pairs: Callable,
     with pytest.raises(DataError, match="is a folder"):
         run(good, tmp_path / "empty")
     assert not list(tmp_path.glob("x.*"))
+
+
+def test_a_pipe_is_refused(tar: Callable, pairs: Callable, tmp_path: Path) -> None:
+    """As in `prepare <(command) x.beton`."""
+    tar("good.tar", pairs(1))
+    reading, writing = os.pipe()
+    try:
+        with pytest.raises(DataError, match=rf"/dev/fd/{reading}: is a pipe, .* write it to a file"):
+            run([tmp_path / "good.tar", f"/dev/fd/{reading}"], tmp_path / "x.beton")
+    finally:
+        os.close(reading), os.close(writing)
 
 
 def test_no_usable_sample_is_an_error(tar: Callable, tmp_path: Path) -> None:
