@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Protocol
 
 from ..errors import DataError
@@ -139,12 +140,15 @@ class RowSample:
 def read_small(path: Path) -> bytes:
     """The content of an image or text file. Raises Rejected where there is none or it is too large."""
     try:
-        if path.stat().st_size > MAX_FILE:
+        state = path.stat()
+        if not S_ISREG(state.st_mode):  # a pipe would be waited for, a device may never end
+            raise Rejected("file not readable")
+        if state.st_size > MAX_FILE:
             raise Rejected(TOO_LARGE)
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise Rejected("file not found") from None
-    except (IsADirectoryError, PermissionError, ValueError):  # the last: a name with a zero byte
+    except (PermissionError, ValueError):  # the second: a name with a zero byte
         raise Rejected("file not readable") from None
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
