@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harmony_fast.engine.data import assemble
 from harmony_fast.engine.data import sources as sources_module
 from harmony_fast.engine.data.assemble import first_occurrences
 from harmony_fast.engine.data.beton import open_beton
@@ -68,13 +69,14 @@ def test_a_folder_tree(jpegs: list[bytes], picture: Callable, encoded: Callable,
         (root / name).write_bytes(data)
     (root / "gone.jpg").symlink_to(root / "nowhere.jpg")
     (root / "loop").symlink_to(root)
+    (root / "sink.jpg").symlink_to("/dev/null")
     summary = run(root, tmp_path / "x.beton")
     assert captions(summary.path) == dict(
         zip(["a", "b/IMG.2020.01", "c/d/e/deep"], ([row] for row in tokens("json", "with dots", "deep")), strict=True)
     )
     assert rejects(summary) == [
         ("alone", "caption missing"), ("broken", "image truncated or corrupt"), ("gone", "file not found"),
-        ("text", "no image"),
+        ("sink", "file not readable"), ("text", "no image"),
     ]  # fmt: skip
     assert images(summary.path)[1:] == [jpegs[0], jpegs[1]]
 
@@ -178,6 +180,20 @@ def test_tables_that_cannot_be_used(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message) as error:
             run(tmp_path / name, tmp_path / "x.beton")
         assert "\n" not in str(error.value) and name in str(error.value)
+
+
+def test_damaged_parquet_files_are_named(tar: Callable, pairs: Callable, tmp_path: Path) -> None:
+    """Their tables at the end are whole, so the damage shows only when the pages are read."""
+    shard = tar("00000.tar", pairs(2))
+    for name, column in (("t", "image"), ("00000", "key")):
+        path = write_table(tmp_path / f"{name}.parquet", [column, "caption"], [[f"{i}.jpg", f"{i}"] for i in range(9)])
+        content = bytearray(path.read_bytes())
+        content[4:60] = b"\xff" * 56
+        path.write_bytes(content)
+    for source, options in ((tmp_path / "t.parquet", {}), (shard, {"where": "caption == 'x'"})):
+        with pytest.raises(DataError, match=rf"{source.stem}\.parquet: not a parquet file, or damaged: ") as error:
+            run(source, tmp_path / "x.beton", **options)
+        assert "\n" not in str(error.value)
 
 
 def test_images_inside_a_parquet_file(jpegs: list[bytes], tmp_path: Path) -> None:
@@ -305,6 +321,19 @@ def test_a_file_with_several_captions_is_still_ffcvs(tar: Callable, jpegs: list[
     read = np.concatenate([batch[0].numpy().copy() for batch in loader])
     assert read.tolist() == [rows[0] for rows in captions(path).values()]
     assert [len(rows) for rows in captions(path).values()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_sample_as_large_as_a_page(
+    tar: Callable, picture: Callable, encoded: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several captions the first is stored twice: where image, caption and key fill a page, the page is larger."""
+    monkeypatch.setattr(assemble, "PAGE", 4096)
+    size = 4096 - 4 * 16 - len("k")
+    image = encoded(picture(), comment=b"x" * (size - len(encoded(picture(), comment=b"x")) + 1))
+    assert len(image) == size
+    shard = tar("a.tar", [("k.jpg", image), ("k.txt", b"words")])
+    files = [run(shard, tmp_path / f"{c}.beton", captions=c).path for c in ("one", "all")]
+    assert [open_beton(file).page_size for file in files] == [4096, 8192]
 
 
 # Duplicates and conditions
