@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from harmony_fast.engine.data import remote
 from harmony_fast.engine.data.batch import RawBatch
 from harmony_fast.engine.data.loader import Loader
 from harmony_fast.engine.data.prepare import prepare
-from harmony_fast.engine.data.remote import Cache, Stream
+from harmony_fast.engine.data.remote import Cache, Copy, Stream
 from harmony_fast.engine.data.webdataset_loader import PLACE_BITS, WebdatasetLoader
 from harmony_fast.engine.errors import DataError
 from harmony_fast.harmony.views import ViewsConfig
@@ -60,7 +61,9 @@ def test_interface_and_content(shards: list[Path], pairs: Callable) -> None:
     rows = [row for batch in got for row in batch.tokens]
     assert all(row.tolist() == tokenize(captions[key], 16)[0].tolist() for key, row in zip(ids, rows, strict=True))
     assert len(set(ids)) >= 23  # only a lane that is shorter than the epoch begins again
-    assert set(ids) <= {f"{100 * n + i:06d}" for n, size in enumerate(SIZES) for i in range(size)}
+    places = [(number >> PLACE_BITS, number % (1 << PLACE_BITS)) for batch in got for number in batch.index.tolist()]
+    assert ids == [f"{100 * shard + place:06d}" for shard, place in places] and PLACE_BITS == 24
+    assert all(place < SIZES[shard] for shard, place in places)
 
 
 def test_batches_depend_on_seed_and_epoch_alone(shards: list[Path]) -> None:
@@ -370,6 +373,18 @@ def test_the_least_lately_used_shard_goes_first(tmp_path: Path) -> None:
     assert not cache.make_room(251)
 
 
+def test_a_cache_that_is_removed_while_it_is_written(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache", 1000)
+    copies = [Copy(cache, source) for source in "ab"]
+    for copy in copies:
+        copy.write(b"some")
+    shutil.rmtree(cache.folder)
+    copies[0].finish(True)
+    copies[1].write(b"more")
+    copies[1].finish(True)
+    assert not cache.find("a") and not cache.find("b")
+
+
 def test_commands_as_sources(shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
     local = batches(shards)
@@ -402,4 +417,3 @@ def test_a_stream_goes_forward_and_a_little_back(tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError, match="cannot go there"):
         stream.seek(0)
     stream.close()
-    assert PLACE_BITS == 24
