@@ -261,8 +261,8 @@ def test_pieces_change_nothing(tar: Callable, pairs: Callable, tmp_path: Path, d
     assert cut == whole
     reasons = [json.loads(line)["reason"] for line in cut[1].splitlines()]
     assert reasons.count("shard cut short or damaged") == (damage != "none")
-    assert reasons.count("key seen before in this shard") == {"none": 4, "cut": reasons.count(
-        "key seen before in this shard"), "header": 0}[damage]  # fmt: skip
+    if damage != "cut":  # where that is depends on the encoder
+        assert reasons.count("key seen before in this shard") == (4 if damage == "none" else 0)
 
 
 @pytest.mark.usefixtures("small_pieces")
