@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..errors import DataError
 from .images import Rejected, decode_rgb
-from .samples import FileSample, ShardDamaged
+from .samples import SHARD_DAMAGED, FileSample, ShardDamaged
 from .sources import expand_sources
 from .tars import read_shard
 
@@ -58,7 +58,7 @@ def _usable(shard: Path, left_out: Counter[str]) -> Iterator[LabelledSample]:
             except Rejected as rejected:
                 left_out[str(rejected)] += 1
     except ShardDamaged:
-        left_out["shard cut short or damaged"] += 1
+        left_out[SHARD_DAMAGED] += 1
 
 
 def _decode(sample: FileSample) -> LabelledSample:

@@ -21,7 +21,7 @@ from PIL import __version__ as pillow_version
 from ..disk import sync
 from ..errors import DataError
 from .images import Rejected, to_jpeg
-from .samples import Sample, ShardDamaged
+from .samples import SHARD_DAMAGED, Sample, ShardDamaged
 from .sources import Chunk
 from .tokens import CLIP, tokenize, tokenizer_identity
 from .where import where
@@ -210,7 +210,7 @@ def _read_samples(files: PartFiles, write: Callable[[bytes], Any], report: Calla
                 write(record)
                 part.rows.append(row)
     except ShardDamaged:
-        part.rejects.append(Reject(None, "shard cut short or damaged", len(part.rows)))
+        part.rejects.append(Reject(None, SHARD_DAMAGED, len(part.rows)))
     report(len(part.rows) + len(part.rejects), position)
     return part
 

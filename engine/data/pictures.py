@@ -25,7 +25,7 @@ from .beton import Beton, open_beton
 from .beton_format import MODE_JPEG
 from .folders import FolderChunk
 from .images import Rejected, decode_rgb
-from .samples import IMAGES, Sample, ShardDamaged, read_small
+from .samples import IMAGES, Sample, ShardDamaged, extension_of, read_small
 from .shards import count_samples
 from .sources import TarChunk, find_chunks
 
@@ -137,16 +137,12 @@ def _class_files(root: Path) -> list[tuple[str, str]]:
     for folder, below, names in os.walk(root, followlinks=True):
         below.sort()
         place = os.path.relpath(folder, root)
-        images = [name for name in names if _ending(name) in IMAGES and not name.startswith(".")]
-        texts = {name.rpartition(".")[0] for name in names if _ending(name) in ("txt", "json")}
+        images = [name for name in names if extension_of(name) in IMAGES and not name.startswith(".")]
+        texts = {name.rpartition(".")[0] for name in names if extension_of(name) in ("txt", "json")}
         if images and (place == "." or any(name.rpartition(".")[0] in texts for name in images)):
             return []  # images that belong to no class, or have captions
         files += [(place.split(os.sep)[0], os.path.join(place, name)) for name in images]
     return sorted(files)
-
-
-def _ending(name: str) -> str:
-    return name.rpartition(".")[2].lower()
 
 
 def _of_classes(root: Path, files: list[tuple[str, str]], keys: tuple[str, ...]) -> Iterator[Picture]:

@@ -23,6 +23,8 @@ MAX_FILE = 128 << 20
 TOO_LARGE = f"file larger than {MAX_FILE >> 20} MiB"
 MAX_CAPTIONS = 64
 """Captions of one image that are kept at most."""
+SHARD_DAMAGED = "shard cut short or damaged"
+"""The reason that is counted, or listed, for what a `ShardDamaged` leaves out."""
 
 
 class ShardDamaged(Exception):
@@ -135,6 +137,11 @@ class RowSample:
     def labels(self) -> dict[str, Any]:
         """All columns of the first row."""
         return self.row
+
+
+def extension_of(name: str) -> str:
+    """What follows the last dot of a file's name, in small letters: what the keys of `FileSample.files` are."""
+    return name.rpartition(".")[2].lower()
 
 
 def read_small(path: Path) -> bytes:

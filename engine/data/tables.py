@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
 from .samples import RowSample
+from .tars import without_ending
 
 if TYPE_CHECKING:
     from pyarrow import Table
@@ -273,4 +274,4 @@ def side_table(path: Path, columns: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def beside_tar(path: Path) -> Path:
     """Where img2dataset puts the table of a tar."""
-    return path.with_name(re.sub(r"\.(tar|tar\.gz|tgz)$", "", path.name) + ".parquet")
+    return path.with_name(without_ending(path.name) + ".parquet")

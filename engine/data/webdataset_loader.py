@@ -31,7 +31,7 @@ from .order import order_keys, shuffled
 from .portable_crops import cut, draw_boxes, header
 from .producer import Producer
 from .remote import Cache
-from .samples import ShardDamaged
+from .samples import SHARD_DAMAGED, ShardDamaged
 from .shards import count_samples, expand_shards, read_any
 from .tokens import CLIP, tokenize
 
@@ -247,7 +247,7 @@ class WebdatasetLoader:
                     captions = found[1] if self._several else found[1][:1]
                     yield Candidate(shard << PLACE_BITS | place, sample.key, found[0], captions)
         except ShardDamaged:
-            self._count("shard cut short or damaged")
+            self._count(SHARD_DAMAGED)
             logger.warning("%s: cut short or damaged; its samples up to there are used", self._shards[shard])
 
     def sample_ids(self, index: Tensor | Iterable[int]) -> list[str]:
