@@ -124,7 +124,8 @@ class PartFiles:
     def origin(self) -> dict[str, Any]:
         """What the part depends on: any change makes it invalid."""
         rules = {**asdict(self.rules), "tokenizer": tokenizer_identity(self.rules.tokenizer)}
-        return {"format": FORMAT, "pillow": pillow_version, "chunk": self.chunk.identity(), "rules": rules}
+        origin = {"format": FORMAT, "pillow": pillow_version, "chunk": self.chunk.identity(), "rules": rules}
+        return json.loads(json.dumps(origin))  # as it comes back from the index: a tuple would differ for ever
 
     def load(self) -> Part | None:
         """The finished part, or None if there is none that is still valid."""

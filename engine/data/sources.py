@@ -23,7 +23,7 @@ PIECE = 16 << 20
 
 
 class Chunk(Protocol):
-    """One task of `prepare`: samples that are read by one worker, one after the other."""
+    """One task of `prepare`: samples that one worker reads, one after the other. Chunks are pickled to get there."""
 
     @property
     def size(self) -> int:
@@ -34,7 +34,7 @@ class Chunk(Protocol):
         """What messages and the list of rejects call it."""
 
     def identity(self) -> dict[str, Any]:
-        """What its samples depend on, as plain data: while it is the same, the work is not done again."""
+        """What its samples depend on, as JSON can hold it: while it is the same, the work is not done again."""
 
     def read(self, progress: Callable[[int], None]) -> Iterator[Sample]:
         """The samples, in order; told how far of `size`. Raises ShardDamaged where they break off, DataError."""
