@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from bad_server import serving
-from harmony_fast.engine.data import remote
+from harmony_fast.engine.data import lanes, remote
 from harmony_fast.engine.data.batch import RawBatch
 from harmony_fast.engine.data.loader import Loader
 from harmony_fast.engine.data.prepare import prepare
@@ -126,6 +126,15 @@ def test_bad_samples_are_replaced_the_same_way_when_resuming(
     for start in range(1, 6):
         assert all_same(batches(shards, start_step=start, batch_size=4), whole[start:])
     assert "left out so far" in caplog.text and "image truncated or corrupt" in caplog.text
+
+
+def test_images_none_of_which_can_be_decoded_end_the_epoch(
+    tar: Callable, pairs: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "HOPELESS", 20)
+    shard = tar("a.tar", [(name, data[: len(data) // 2] if name.endswith("jpg") else data) for name, data in pairs(9)])
+    with pytest.raises(DataError, match=r"a\.tar: 20 images in succession cannot be decoded"):
+        batches([shard], batch_size=4)
 
 
 def test_a_shard_that_breaks_off_gives_what_it_has(tar: Callable, pairs: Callable, tmp_path: Path) -> None:
