@@ -1,4 +1,4 @@
-"""`prepare` from folders, tables and large tars; several captions, duplicates, conditions, another tokenizer."""
+"""`prepare` from folders and tables; several captions, duplicates, conditions, another tokenizer."""
 
 import csv
 import gzip
@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from harmony_fast.engine.data import assemble
-from harmony_fast.engine.data import sources as sources_module
 from harmony_fast.engine.data.assemble import first_occurrences
 from harmony_fast.engine.data.beton import open_beton
 from harmony_fast.engine.data.prepare import Summary, prepare
@@ -222,65 +221,6 @@ def test_sources_of_all_kinds_together(tar: Callable, pairs: Callable, jpegs: li
     table = write_table(tmp_path / "t.tsv", ["image", "caption"], [["tree/x.jpg", "row"]])
     summary = run([table, shard, tmp_path / "tree"], tmp_path / "x.beton")
     assert open_beton(summary.path).keys() == ["tree/x.jpg", "000000", "000001", "x"]
-
-
-# Large tars are cut into pieces
-
-
-@pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources_module, "PIECE", 10_000)
-
-
-def outputs(source: Path, folder: Path, **options: object) -> list[tuple[bytes, bytes]]:
-    """With pieces and without: the file and its rejects."""
-    found = []
-    for name in ("cut", "whole"):
-        if name == "whole":
-            options = {**options, "workers": 1}
-            sources_module.PIECE = 10**12
-        summary = run(source, folder / f"{name}.beton", **options)
-        found.append((summary.path.read_bytes(), summary.rejects_path.read_bytes()))
-    return found
-
-
-@pytest.mark.usefixtures("small_pieces")
-@pytest.mark.parametrize("damage", ["none", "cut", "header"])
-def test_pieces_change_nothing(tar: Callable, pairs: Callable, tmp_path: Path, damage: str) -> None:
-    twice = [*pairs(3, 5), ("late.txt", b"alone"), ("000001.png", b"again"), ("000001.txt", b"x")]
-    shard = tar("a.tar", [*pairs(30), ("README", b"x"), *twice, *pairs(10, 40)])
-    data = bytearray(shard.read_bytes())
-    if damage == "cut":
-        shard.write_bytes(data[: len(data) * 5 // 6])
-    if damage == "header":
-        place = data.index(b"000020.jpg")
-        data[place : place + 200] = b"\xff" * 200
-        shard.write_bytes(data)
-    assert len(find_chunks(shard, 2)) > 5
-    cut, whole = outputs(shard, tmp_path)
-    assert cut == whole
-    reasons = [json.loads(line)["reason"] for line in cut[1].splitlines()]
-    assert reasons.count("shard cut short or damaged") == (damage != "none")
-    if damage != "cut":  # where that is depends on the encoder
-        assert reasons.count("key seen before in this shard") == (4 if damage == "none" else 0)
-
-
-@pytest.mark.usefixtures("small_pieces")
-@pytest.mark.parametrize("limit", [1, 7, 24, 25, 60])
-def test_limits_and_duplicates_with_pieces(tar: Callable, pairs: Callable, tmp_path: Path, limit: int) -> None:
-    renamed = [(f"copy-{name}", data) for name, data in pairs(20)]
-    shard = tar("a.tar", pairs(20) + renamed + pairs(20, 50))
-    cut, whole = outputs(shard, tmp_path, limit=limit, dedup=True)
-    assert cut == whole
-    keys = [f"{i:06d}" for i in (*range(20), *range(50, 70))][:limit]
-    assert open_beton(tmp_path / "cut.beton").keys() == keys
-    assert cut[1].count(b"duplicate of an earlier image") == (20 if limit > 20 else 0)
-
-
-def test_a_compressed_tar_stays_whole(tar: Callable, pairs: Callable, tmp_path: Path) -> None:
-    shard = tar("a.tar", pairs(30))
-    (tmp_path / "b.tar.gz").write_bytes(gzip.compress(shard.read_bytes()))
-    assert len(find_chunks(tmp_path / "b.tar.gz", 2)) == 1
 
 
 # Several captions
