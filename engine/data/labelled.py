@@ -1,4 +1,4 @@
-"""Small labelled image-caption sets, read whole into memory for evaluation."""
+"""Small labelled image-caption sets, read whole into memory for the report; `pictures` streams large ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LabelledSample:
     """RGB, in its own size, transparency over white."""
     caption: str
     labels: dict[str, Any]
-    """The object in the sample's `.json`; empty if it has none."""
+    """What the sample's `.json` and `.cls` say; empty if it has neither."""
 
 
 def read_labelled(sources: str | Path | Iterable[str | Path]) -> list[LabelledSample]:
