@@ -176,7 +176,10 @@ def test_captions_long_and_from_json(tar: Callable, picture: Callable, encoded: 
     assert tokens["bom"] == tokenize("marked", 16)[0].tolist()
 
 
-@pytest.mark.parametrize("caption", ["a cat", "word " * 14, "word " * 15, "x" * 3000, "漢字" * 400, "<b>&amp;</b> é☃", "\n " * 999 + "a cat"])
+@pytest.mark.parametrize(
+    "caption",
+    ["a cat", "word " * 14, "word " * 15, "x" * 3000, "漢字" * 400, "<b>&amp;</b> é☃", "\n " * 999 + "a cat"],
+)
 def test_tokens_are_those_of_open_clip(caption: str) -> None:
     from open_clip.tokenizer import SimpleTokenizer
 
