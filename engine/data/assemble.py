@@ -65,14 +65,15 @@ class Choice:
 
 def assemble(files: list[PartFiles], output: Path, rejects_path: Path, bar: Progress) -> Summary:
     """Write `output` and its list of rejects from the finished parts. Raises DataError where there is no sample."""
-    summary = Summary(output, rejects_path, files[0].rules.context)
+    rules = files[0].rules
+    summary = Summary(output, rejects_path, rules.context)
     choices = list(_choose(files))
     temporary = rejects_path.with_name(rejects_path.name + ".tmp")
-    largest = 0
+    largest, repeated = 0, 4 * rules.context * rules.several  # the first of several captions is in the file twice
     with open(temporary, "wb") as listing:
         for choice in choices:
             part = _load(choice.files)
-            largest = max([largest, *(row.bytes(summary.context) for row in part.rows)])
+            largest = max([largest, *(row.bytes(summary.context) + repeated for row in part.rows)])
             for reject in _rejects(choice, part):
                 summary.left_out[reject.reason] += 1
                 line = {"shard": choice.files.chunk.name, "key": reject.key, "reason": reject.reason}

@@ -204,9 +204,7 @@ def gaussian_blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     weights = weights / weights.sum(1, keepdim=True)  # [M, 2 * radius + 1]
     source = torch.arange(side, device=x.device) + offsets[:, None]  # [2 * radius + 1, S], before reflection
     source = (side - 1) - ((side - 1) - source.abs()).abs()
-    places = (
-        one_hot(source, side).to(x.dtype).flatten(1)
-    )  # which source pixel each offset reads: [2 * radius + 1, S * S]
+    places = one_hot(source, side).to(x.dtype).flatten(1)  # which pixel each offset reads: [2 * radius + 1, S * S]
     band = (weights @ places).view(len(x), side, side)
     rows = x.view(len(x), 3 * side, side) @ band.mT  # the three channels stacked: one product per crop
     return torch.matmul(band[:, None], rows.view_as(x), out=x)

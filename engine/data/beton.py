@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
 from typing import BinaryIO
 from zlib import crc32
@@ -66,10 +67,10 @@ class BetonWriter:
         self._end = self._start + count * self._rows.itemsize
 
     def __enter__(self) -> BetonWriter:
-        self._file: BinaryIO = open(self.temporary, "wb", buffering=1 << 20)
         # Checksums and table come last in the file but grow with every sample: they wait in nameless files.
         self._table: BinaryIO = tempfile.TemporaryFile(dir=self.path.parent)
         self._checksums: BinaryIO = tempfile.TemporaryFile(dir=self.path.parent)
+        self._file: BinaryIO = open(self.temporary, "wb", buffering=1 << 20)
         self._file.seek(self._end)
         return self
 
@@ -119,9 +120,10 @@ class BetonWriter:
         return start
 
     def _flush(self, rows: int) -> None:
-        first = self.written - rows
-        place = self._start + first * self._rows.itemsize
-        os.pwrite(self._file.fileno(), self._rows[:rows].tobytes(), place)
+        """Metadata and allocations of the last `rows` samples, into the files."""
+        self._file.seek(self._start + (self.written - rows) * self._rows.itemsize)
+        self._file.write(self._rows[:rows].tobytes())
+        self._file.seek(self._end)
         self._table.write(self._allocations[:rows].tobytes())
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -191,6 +193,11 @@ class Beton:
         sizes = found["size"]
         good = (found["ptr"] == starts) & (starts <= self.data_end) & (sizes <= self.data_end - starts)
         return np.where(good, sizes, 0).astype(np.int64)
+
+    def stored(self, content: mmap, start: int, size: int) -> bytes | None:
+        """What the mapped file holds at a pointer; None where that is nothing, or outside the samples' data."""
+        good = inside(np.array((0, start, size), ALLOCATION), self.data_end) and size > 0
+        return content[start : start + size] if good else None
 
     def keys(self, indices: Iterable[int] | None = None) -> list[str]:
         """Sample ids of `indices` (all by default), reading only those.

@@ -40,13 +40,16 @@ METADATA_SEVERAL = np.dtype([*_COMMON, ("captions", KEY)], align=True)
 
 FIELDS = {"image": 2, "tokens": 4, "key": 3}  # name -> FFCV's type id: RGBImageField, NDArrayField, BytesField
 FIELDS_SEVERAL = {**FIELDS, "captions": 3}
-DATA_START = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
 MODE_JPEG = 0
 
 
 def data_start(fields: int) -> int:
     """Where the metadata begin, bytes."""
     return HEADER.itemsize + fields * FIELD.itemsize
+
+
+DATA_START = data_start(len(FIELDS))
+"""No sample's data lie before this byte."""
 
 
 def descriptors(context: int, several: bool = False, checksums: int = 0) -> np.ndarray:

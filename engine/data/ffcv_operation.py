@@ -72,8 +72,11 @@ class MultiCrop(SimpleRGBImageDecoder):
                 heights[slot], widths[slot] = record["height"], record["width"]
                 addresses[slot], sizes[slot] = stored.ctypes.data, stored.size
             key = carray(_pointer(address), 1)[0]  # type: ignore[call-arg]  # numba gives the context
-            large, small, status = memory
-            cut_batch(places, modes, heights, widths, addresses, sizes, key, shape, MOST_REDUCED, large, small, status)
+            global_crops, local_crops, status = memory
+            cut_batch(
+                places, modes, heights, widths, addresses, sizes, key, shape, MOST_REDUCED, global_crops, local_crops,
+                status,
+            )  # fmt: skip
             return memory
 
         return decode

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from .images import Rejected
-from .samples import IMAGES, WANTED, FileSample, read_small
+from .samples import IMAGES, WANTED, FileSample, extension_of, read_small
 
 SAMPLES_PER_CHUNK = 512
 NOT_SAMPLES = "_stats.json"
@@ -48,7 +48,7 @@ class FolderChunk:
             sample = FileSample(key)
             try:
                 for name in names:
-                    extension = _extension(name)
+                    extension = extension_of(name)
                     if extension not in IMAGES or not any(image in sample.files for image in IMAGES):
                         sample.files[extension] = read_small(self.root / name)
             except Rejected as rejected:
@@ -63,7 +63,7 @@ def folder_chunks(root: Path) -> list[FolderChunk]:
     groups: dict[str, list[Entry]] = {}
     for entry in _files(root):
         groups.setdefault(entry[0].rpartition(".")[0], []).append(entry)
-    if not any(_extension(name) in IMAGES for group in groups.values() for name, _, _ in group):
+    if not any(extension_of(name) in IMAGES for group in groups.values() for name, _, _ in group):
         raise DataError(f"{root}: no tar in this folder, and no image below it")
     keys = sorted(groups)
     return [
@@ -87,7 +87,7 @@ def _files(root: Path) -> Iterator[Entry]:
 
     for folder, _, names in os.walk(root, onerror=unreadable):
         for name in names:
-            if name.startswith(".") or _extension(name) not in WANTED or name.endswith(NOT_SAMPLES):
+            if name.startswith(".") or extension_of(name) not in WANTED or name.endswith(NOT_SAMPLES):
                 continue
             path = os.path.join(folder, name)
             try:
@@ -96,7 +96,3 @@ def _files(root: Path) -> Iterator[Entry]:
                 yield os.path.relpath(path, root), 0, 0
             else:
                 yield os.path.relpath(path, root), state.st_size, state.st_mtime_ns
-
-
-def _extension(name: str) -> str:
-    return name.rpartition(".")[2].lower()

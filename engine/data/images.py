@@ -115,7 +115,7 @@ def _load(image: Image.Image) -> None:
     try:
         image.load()
     except Exception:
-        raise Rejected("image truncated or corrupt") from None  # as in _open: any exception of a decoder
+        raise Rejected("image truncated or corrupt") from None  # as in open_image: any exception of a decoder
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
 

@@ -1,4 +1,4 @@
-"""Small labelled image-caption sets, read whole into memory for evaluation."""
+"""Small labelled image-caption sets, read whole into memory for the report; `pictures` streams large ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..errors import DataError
 from .images import Rejected, decode_rgb
-from .samples import FileSample, ShardDamaged
+from .samples import SHARD_DAMAGED, FileSample, ShardDamaged
 from .sources import expand_sources
 from .tars import read_shard
 
@@ -30,7 +30,7 @@ class LabelledSample:
     """RGB, in its own size, transparency over white."""
     caption: str
     labels: dict[str, Any]
-    """The object in the sample's `.json`; empty if it has none."""
+    """What the sample's `.json` and `.cls` say; empty if it has neither."""
 
 
 def read_labelled(sources: str | Path | Iterable[str | Path]) -> list[LabelledSample]:
@@ -58,7 +58,7 @@ def _usable(shard: Path, left_out: Counter[str]) -> Iterator[LabelledSample]:
             except Rejected as rejected:
                 left_out[str(rejected)] += 1
     except ShardDamaged:
-        left_out["shard cut short or damaged"] += 1
+        left_out[SHARD_DAMAGED] += 1
 
 
 def _decode(sample: FileSample) -> LabelledSample:

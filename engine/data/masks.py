@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..errors import DataError
 from .images import Rejected, decode_rgb
-from .samples import IMAGES, read_small
+from .samples import IMAGES, extension_of, read_small
 
 IMAGE_FOLDERS = ("images", "img", "JPEGImages")
 MASK_FOLDERS = ("masks", "annotations", "labels", "SegmentationClass")
@@ -64,10 +64,9 @@ def find_masked(root: Path, part: str) -> list[MaskedImage]:
     for folder, below, names in os.walk(images, followlinks=True):
         below.sort()
         for name in sorted(names):
-            stem, _, extension = name.rpartition(".")
-            if extension.lower() not in IMAGES or name.startswith("."):
+            if extension_of(name) not in IMAGES or name.startswith("."):
                 continue
-            path = Path(folder) / name
+            path, stem = Path(folder) / name, name.rpartition(".")[0]
             place = masks / path.relative_to(images).parent
             mask = next((place / (stem + e) for e in MASK_ENDINGS if (place / (stem + e)).is_file()), None)
             if mask is None:

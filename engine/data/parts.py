@@ -21,7 +21,7 @@ from PIL import __version__ as pillow_version
 from ..disk import sync
 from ..errors import DataError
 from .images import Rejected, to_jpeg
-from .samples import Sample, ShardDamaged
+from .samples import SHARD_DAMAGED, Sample, ShardDamaged
 from .sources import Chunk
 from .tokens import CLIP, tokenize, tokenizer_identity
 from .where import where
@@ -124,7 +124,8 @@ class PartFiles:
     def origin(self) -> dict[str, Any]:
         """What the part depends on: any change makes it invalid."""
         rules = {**asdict(self.rules), "tokenizer": tokenizer_identity(self.rules.tokenizer)}
-        return {"format": FORMAT, "pillow": pillow_version, "chunk": self.chunk.identity(), "rules": rules}
+        origin = {"format": FORMAT, "pillow": pillow_version, "chunk": self.chunk.identity(), "rules": rules}
+        return json.loads(json.dumps(origin))  # as it comes back from the index: a tuple would differ for ever
 
     def load(self) -> Part | None:
         """The finished part, or None if there is none that is still valid."""
@@ -210,7 +211,7 @@ def _read_samples(files: PartFiles, write: Callable[[bytes], Any], report: Calla
                 write(record)
                 part.rows.append(row)
     except ShardDamaged:
-        part.rejects.append(Reject(None, "shard cut short or damaged", len(part.rows)))
+        part.rejects.append(Reject(None, SHARD_DAMAGED, len(part.rows)))
     report(len(part.rows) + len(part.rejects), position)
     return part
 

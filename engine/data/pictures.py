@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from .beton import Beton, open_beton
 from .beton_format import MODE_JPEG
 from .folders import FolderChunk
 from .images import Rejected, decode_rgb
-from .samples import IMAGES, Sample, ShardDamaged, read_small
+from .samples import IMAGES, Sample, ShardDamaged, extension_of, read_small
 from .shards import count_samples
 from .sources import TarChunk, find_chunks
 
@@ -136,16 +137,12 @@ def _class_files(root: Path) -> list[tuple[str, str]]:
     for folder, below, names in os.walk(root, followlinks=True):
         below.sort()
         place = os.path.relpath(folder, root)
-        images = [name for name in names if _ending(name) in IMAGES and not name.startswith(".")]
-        texts = {name.rpartition(".")[0] for name in names if _ending(name) in ("txt", "json")}
+        images = [name for name in names if extension_of(name) in IMAGES and not name.startswith(".")]
+        texts = {name.rpartition(".")[0] for name in names if extension_of(name) in ("txt", "json")}
         if images and (place == "." or any(name.rpartition(".")[0] in texts for name in images)):
             return []  # images that belong to no class, or have captions
         files += [(place.split(os.sep)[0], os.path.join(place, name)) for name in images]
     return sorted(files)
-
-
-def _ending(name: str) -> str:
-    return name.rpartition(".")[2].lower()
 
 
 def _of_classes(root: Path, files: list[tuple[str, str]], keys: tuple[str, ...]) -> Iterator[Picture]:
@@ -188,19 +185,20 @@ def _of_karpathy(folder: Path, entries: list[dict[str, Any]]) -> Iterator[Pictur
 def _of_beton(beton: Beton, tokenizer: str) -> Iterator[Picture]:
     from .tokens import text_of
 
-    with open(beton.path, "rb") as file:
+    width = 4 * beton.context
+    with open(beton.path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
         for row, key in enumerate(beton.keys()):
-            size = int(beton.image_sizes(np.array([row]))[0])
-            record = beton.metadata[row]
-            image, tokens = record["image"], record["tokens"]
-            file.seek(int(image["data_ptr"]))
-            load = partial(_decode, file.read(size), int(image["mode"]), int(image["width"]), int(image["height"]))
-            start, length = (int(tokens), 4 * beton.context)
-            if beton.several:
-                start, length = (int(n) for n in record["captions"].tolist())
-            file.seek(start)
-            captions = np.frombuffer(file.read(length), "<i4").reshape(-1, beton.context)
-            yield Picture(f"{beton.path}: {key}", load, tuple(text_of(c, tokenizer) for c in captions), {})
+            name, record = f"{beton.path}: {key}", beton.metadata[row]
+            image, size = record["image"], int(beton.image_sizes(np.array([row]))[0])
+            data = beton.stored(content, int(image["data_ptr"]), size)
+            place = record["captions"].tolist() if beton.several else (int(record["tokens"]), width)
+            tokens = beton.stored(content, *place)
+            if data is None or tokens is None or len(tokens) % width:
+                yield Picture(name, partial(_refuse, "image or caption outside the file's data"), (), {})
+                continue
+            load = partial(_decode, data, int(image["mode"]), int(image["width"]), int(image["height"]))
+            captions = np.frombuffer(tokens, "<i4").reshape(-1, beton.context)
+            yield Picture(name, load, tuple(text_of(caption, tokenizer) for caption in captions), {})
 
 
 def _decode(data: bytes, mode: int, width: int, height: int) -> Image.Image:

@@ -27,11 +27,11 @@ def draw_boxes(keys: Tensor, height: Tensor, width: Tensor, views: ViewsConfig) 
     keys: int64 [B], of Purpose.CROP; height, width: int64 [B], pixels.
     """
     kinds = split(keys, 2)
-    large = crop_boxes(kinds[:, 0], height, width, views.global_crops, views.global_scale, views.aspect)
+    global_boxes = crop_boxes(kinds[:, 0], height, width, views.global_crops, views.global_scale, views.aspect)
     if not views.local_crops:
-        return large.numpy()
-    small = crop_boxes(kinds[:, 1], height, width, views.local_crops, views.local_scale, views.aspect)
-    return torch.cat([large, small], 1).numpy()
+        return global_boxes.numpy()
+    local_boxes = crop_boxes(kinds[:, 1], height, width, views.local_crops, views.local_scale, views.aspect)
+    return torch.cat([global_boxes, local_boxes], 1).numpy()
 
 
 def reduction(boxes: np.ndarray, sides: np.ndarray) -> int:
@@ -40,12 +40,12 @@ def reduction(boxes: np.ndarray, sides: np.ndarray) -> int:
     return max(part for part in (1, 2, 4, 8) if part <= max(spare, 1))
 
 
-def cut(data: bytes, boxes: np.ndarray, large: np.ndarray, small: np.ndarray) -> None:
+def cut(data: bytes, boxes: np.ndarray, global_crops: np.ndarray, local_crops: np.ndarray) -> None:
     """Decode an image file and cut its boxes, int64 [G + N, 4], into uint8 [G, S, S, 3] and [N, s, s, 3].
 
     Raises Rejected where it cannot be decoded.
     """
-    outs = [*large, *small]
+    outs = [*global_crops, *local_crops]
     image = open_image(data)
     width, height = image.size
     part = reduction(boxes, np.array([len(out) for out in outs])) if image.format == "JPEG" else 1

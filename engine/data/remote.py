@@ -330,10 +330,14 @@ class Copy:
 
     def finish(self, whole: bool) -> None:
         """Keep the file if it is whole, else remove it. Idempotent."""
-        if self._file is not None:
-            self._file.close()
+        file, self._file, self._given_up = self._file, None, True
+        if file is None:
+            return
+        file.close()
+        try:
             if whole:
                 os.replace(self._temporary, self._target)
             else:
                 self._temporary.unlink(missing_ok=True)
-        self._file, self._given_up = None, True
+        except OSError as error:  # someone has emptied the folder meanwhile
+            logger.info("%s: not kept: %s", self._target, error)

@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Protocol
 
 from ..errors import DataError
@@ -22,6 +23,8 @@ MAX_FILE = 128 << 20
 TOO_LARGE = f"file larger than {MAX_FILE >> 20} MiB"
 MAX_CAPTIONS = 64
 """Captions of one image that are kept at most."""
+SHARD_DAMAGED = "shard cut short or damaged"
+"""The reason that is counted, or listed, for what a `ShardDamaged` leaves out."""
 
 
 class ShardDamaged(Exception):
@@ -75,7 +78,7 @@ class FileSample:
             value = None
         if text is not None and not isinstance(value, list):
             value = _spelled_list(text) or (text.splitlines() if lines else text)
-        return usable_captions([value] if isinstance(value, str) else value)
+        return usable_captions(value if isinstance(value, list) else [value])
 
     def _text(self) -> str | None:
         try:
@@ -136,15 +139,23 @@ class RowSample:
         return self.row
 
 
+def extension_of(name: str) -> str:
+    """What follows the last dot of a file's name, in small letters: what the keys of `FileSample.files` are."""
+    return name.rpartition(".")[2].lower()
+
+
 def read_small(path: Path) -> bytes:
     """The content of an image or text file. Raises Rejected where there is none or it is too large."""
     try:
-        if path.stat().st_size > MAX_FILE:
+        state = path.stat()
+        if not S_ISREG(state.st_mode):  # a pipe would be waited for, a device may never end
+            raise Rejected("file not readable")
+        if state.st_size > MAX_FILE:
             raise Rejected(TOO_LARGE)
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise Rejected("file not found") from None
-    except (IsADirectoryError, PermissionError, ValueError):  # the last: a name with a zero byte
+    except (PermissionError, ValueError):  # the second: a name with a zero byte
         raise Rejected("file not readable") from None
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
@@ -152,9 +163,9 @@ def read_small(path: Path) -> bytes:
         raise DataError(f"{path}: reading failed: {error.strerror}; run again when it is readable") from error
 
 
-def usable_captions(values: Iterable[Any] | None) -> list[str]:
+def usable_captions(values: Iterable[Any]) -> list[str]:
     """The texts among `values` that say something. Raises Rejected where there is none, with the reason."""
-    texts = [value for value in values or [] if isinstance(value, str)]
+    texts = [value for value in values if isinstance(value, str)]
     if not texts:
         raise Rejected("caption missing")
     said = [text for text in texts if _says_something(text)]
@@ -189,7 +200,7 @@ def _spelled_list(text: str) -> list[Any] | None:
     for parse in (json.loads, ast.literal_eval):
         try:
             value = parse(text.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # the second: `[{[]}]`
             continue
         if isinstance(value, list) and value and all(isinstance(entry, str) for entry in value):
             return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -13,7 +12,7 @@ from ..errors import DataError
 from .remote import Cache, Copy, Stream, is_remote
 from .samples import FileSample
 from .sources import braces, expand_sources
-from .tars import DAMAGE, open_tar, read_shard, tar_of, tar_samples, wanted_members
+from .tars import DAMAGE, open_tar, read_shard, tar_of, tar_samples, wanted_members, without_ending
 
 ASKERS = 16
 """Threads that ask for the sizes of shards."""
@@ -45,7 +44,7 @@ def count_samples(shards: list[str]) -> list[int]:
 def _count(shard: str) -> int:
     if shard.startswith("pipe:"):
         raise DataError(f"{shard}: how many samples a command gives cannot be known; set data.samples")
-    beside = re.sub(r"\.(tar|tar\.gz|tgz)$", "", shard) + "_stats.json"
+    beside = without_ending(shard) + "_stats.json"
     try:
         if is_remote(shard):
             with closing(Stream(beside)) as stream:

@@ -23,7 +23,7 @@ PIECE = 16 << 20
 
 
 class Chunk(Protocol):
-    """One task of `prepare`: samples that are read by one worker, one after the other."""
+    """One task of `prepare`: samples that one worker reads, one after the other. Chunks are pickled to get there."""
 
     @property
     def size(self) -> int:
@@ -34,7 +34,7 @@ class Chunk(Protocol):
         """What messages and the list of rejects call it."""
 
     def identity(self) -> dict[str, Any]:
-        """What its samples depend on, as plain data: while it is the same, the work is not done again."""
+        """What its samples depend on, as JSON can hold it: while it is the same, the work is not done again."""
 
     def read(self, progress: Callable[[int], None]) -> Iterator[Sample]:
         """The samples, in order; told how far of `size`. Raises ShardDamaged where they break off, DataError."""
@@ -92,8 +92,7 @@ def find_chunks(
     name. Raises DataError where a source names nothing, or something that cannot be read: known now rather than hours
     into the work.
     """
-    found = (path for source in _listed(sources) for path in _expand(str(source)))
-    paths = list({path.resolve(): path for path in found}.values())
+    paths = _distinct_paths(sources)
     tars = [path for path in paths if not path.is_dir() and not is_table(path)]
     size = PIECE if len(tars) < 4 * workers else None
     chunks: list[Chunk] = []
@@ -123,8 +122,7 @@ def expand_sources(sources: str | Path | Iterable[str | Path]) -> list[Path]:
     A folder's or glob's tars come sorted by name. Raises DataError where a source names nothing, or something that is
     not a readable tar.
     """
-    found = (path for source in _listed(sources) for path in _expand(str(source)))
-    shards = list({shard.resolve(): shard for shard in found}.values())
+    shards = _distinct_paths(sources)
     if not shards:
         raise DataError("no source given: name tars, globs of tars, or folders of tars")
     for shard in shards:
@@ -135,8 +133,14 @@ def expand_sources(sources: str | Path | Iterable[str | Path]) -> list[Path]:
     return shards
 
 
-def _listed(sources: str | Path | Iterable[str | Path]) -> list[str | Path]:
-    return [sources] if isinstance(sources, str | Path) else list(sources)
+def _distinct_paths(sources: str | Path | Iterable[str | Path]) -> list[Path]:
+    """Files, and folders without a tar, that the sources name, each once, in order. Raises DataError."""
+    listed = [sources] if isinstance(sources, str | Path) else sources
+    try:
+        found = {path.resolve(): path for source in listed for path in _expand(str(source))}
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    return list(found.values())
 
 
 def _expand(source: str) -> Iterator[Path]:

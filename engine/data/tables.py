@@ -6,6 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
 from .samples import RowSample
+from .tars import without_ending
 
 if TYPE_CHECKING:
     from pyarrow import Table
@@ -204,40 +206,47 @@ def _text_rows(chunk: TableChunk) -> Iterator[tuple[float, dict[str, Any]]]:
 # Parquet
 
 
-def _parquet(path: Path) -> ParquetFile:
+@contextmanager
+def _parquet(path: Path) -> Iterator[ParquetFile]:
+    """An open parquet file. Raises DataError where opening it, or reading in the block, finds it damaged; OSError."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile  # a large library: only those with parquet files pay for it
 
     try:
-        return ParquetFile(path)
-    except ArrowException as error:
-        raise DataError(f"{path}: not a parquet file: {str(error).splitlines()[0]}") from None
+        with ParquetFile(path) as file:
+            yield file
+    except (ArrowException, OSError) as error:
+        if getattr(error, "errno", None):
+            raise  # of the disk; damaged pages are an OSError without a number
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{path}: not a parquet file, or damaged: {reason}") from None
 
 
 def _parquet_chunks(path: Path, image: str | None, captions: Sequence[str]) -> list[TableChunk]:
-    file = _parquet(path)
-    columns = tuple(file.schema_arrow.names)
-    image, chosen = choose_columns(path, columns, image, captions)
-    chunks, before = [], 0
-    for group in range(file.num_row_groups):
-        rows = file.metadata.row_group(group).num_rows
-        names = file.read_row_group(group, [image]).column(0) if rows > PARQUET_ROWS_PER_CHUNK else []
-        start = 0
-        while start < rows:
-            stop = min(start + PARQUET_ROWS_PER_CHUNK, rows)
-            while stop < rows and _names(names[stop].as_py()) and names[stop].as_py() == names[stop - 1].as_py():
-                stop += 1
-            size = path.stat().st_size * (stop - start) // file.metadata.num_rows
-            chunks.append(TableChunk(path, columns, image, chosen, start, stop, group, before + start, size))
-            start = stop
-        before += rows
-    return chunks
+    with _parquet(path) as file:
+        columns = tuple(file.schema_arrow.names)
+        image, chosen = choose_columns(path, columns, image, captions)
+        chunks, before = [], 0
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            names = file.read_row_group(group, [image]).column(0) if rows > PARQUET_ROWS_PER_CHUNK else []
+            start = 0
+            while start < rows:
+                stop = min(start + PARQUET_ROWS_PER_CHUNK, rows)
+                while stop < rows and _names(names[stop].as_py()) and names[stop].as_py() == names[stop - 1].as_py():
+                    stop += 1
+                size = path.stat().st_size * (stop - start) // file.metadata.num_rows
+                chunks.append(TableChunk(path, columns, image, chosen, start, stop, group, before + start, size))
+                start = stop
+            before += rows
+        return chunks
 
 
 @lru_cache(maxsize=1)
 def _row_group(path: Path, group: int) -> Table:
     """The row group read last: a worker's next chunk is often of the same."""
-    return _parquet(path).read_row_group(group)
+    with _parquet(path) as file:
+        return file.read_row_group(group)
 
 
 def _parquet_rows(chunk: TableChunk) -> Iterator[tuple[float, dict[str, Any]]]:
@@ -255,14 +264,14 @@ def side_table(path: Path, columns: Iterable[str]) -> dict[str, dict[str, Any]]:
     beside = beside_tar(path)
     if not beside.is_file():
         return {}
-    file = _parquet(beside)
-    wanted = [name for name in file.schema_arrow.names if name in columns]
-    if "key" not in file.schema_arrow.names or not wanted:
-        return {}
-    rows = file.read(["key", *(name for name in wanted if name != "key")]).to_pylist()
+    with _parquet(beside) as file:
+        wanted = [name for name in file.schema_arrow.names if name in columns]
+        if "key" not in file.schema_arrow.names or not wanted:
+            return {}
+        rows = file.read(["key", *(name for name in wanted if name != "key")]).to_pylist()
     return {str(row["key"]): row for row in rows}
 
 
 def beside_tar(path: Path) -> Path:
     """Where img2dataset puts the table of a tar."""
-    return path.with_name(re.sub(r"\.(tar|tar\.gz|tgz)$", "", path.name) + ".parquet")
+    return path.with_name(without_ending(path.name) + ".parquet")

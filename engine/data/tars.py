@@ -22,6 +22,11 @@ DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, Value
 """What reading a broken archive, compressed or not, raises; the last two where a header's numbers are absurd."""
 
 
+def without_ending(name: str) -> str:
+    """The name or address of a tar without its ending: with others it names what img2dataset writes beside the tar."""
+    return next((name.removesuffix(ending) for ending in TARS if name.endswith(ending)), name)
+
+
 @contextmanager
 def open_tar(path: Path, start: int = 0) -> Iterator[tuple[tarfile.TarFile, BinaryIO]]:
     """The tar at `path`, compressed or not, and the file below it. Raises DataError where it cannot be opened.
@@ -35,6 +40,8 @@ def open_tar(path: Path, start: int = 0) -> Iterator[tuple[tarfile.TarFile, Bina
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     with file:
+        if not file.seekable():
+            raise DataError(f"{path}: is a pipe, and tars are read by place; write it to a file first")
         file.seek(start)
         with tar_of(file, str(path)) as tar:
             yield tar, file

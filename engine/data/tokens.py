@@ -32,7 +32,7 @@ def tokenize(caption: str, context: int, tokenizer: str = CLIP) -> tuple[np.ndar
     encoder = _tokenizer(tokenizer)
     if len(encoder.cache) > MAX_WORDS:  # it remembers every word it has met
         encoder.cache = {encoder.decoder[i]: encoder.decoder[i] for i in encoder.all_special_ids}
-    words = encoder.encode(caption[: context * CHARACTERS_PER_TOKEN])
+    words = encoder.encode(caption.lstrip()[: context * CHARACTERS_PER_TOKEN])  # blanks before it are no words
     kept = [encoder.sot_token_id, *words[: context - 2], encoder.eot_token_id]
     tokens = np.zeros(context, np.int32)
     tokens[: len(kept)] = kept

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DataError
-from .beton import ALLOCATION, MODE_JPEG, Beton, inside, open_beton
+from .beton import Beton, inside, open_beton
+from .beton_format import MODE_JPEG
 from .images import turbo_decodes
 from .progress import Progress
 
@@ -79,14 +80,8 @@ def _faults(beton: Beton, content: mmap.mmap, first: int) -> Iterator[Fault]:
             yield Fault(index, key, fault)
 
 
-def _stored(beton: Beton, content: mmap.mmap, start: int, size: int) -> bytes | None:
-    """The bytes at a pointer; None where it leads nowhere."""
-    good = inside(np.array((0, start, size), ALLOCATION), beton.data_end) and size > 0
-    return content[start : start + size] if good else None
-
-
 def _key(beton: Beton, content: mmap.mmap, record: np.void) -> str | None:
-    stored = _stored(beton, content, *record["key"].tolist())
+    stored = beton.stored(content, *record["key"].tolist())
     try:
         return stored.decode() if stored else None
     except UnicodeDecodeError:
@@ -100,14 +95,14 @@ def _fault(
     if not inside(table, beton.data_end).all():
         return "its entry in the allocation table leads outside the file"
     image = record["image"]
-    jpeg = _stored(beton, content, int(image["data_ptr"]), size)
+    jpeg = beton.stored(content, int(image["data_ptr"]), size)
     if jpeg is None:
         return "its image lies outside the file's data"
     if not _decodes(jpeg, int(image["mode"]), int(image["width"]), int(image["height"])):
         return "its image cannot be decoded"
-    found = [_stored(beton, content, int(record["tokens"]), 4 * beton.context)]
+    found = [beton.stored(content, int(record["tokens"]), 4 * beton.context)]
     if beton.several:
-        found.append(_stored(beton, content, *record["captions"].tolist()))
+        found.append(beton.stored(content, *record["captions"].tolist()))
     captions: list[bytes] = []
     for stored in found:
         if stored is None or len(stored) % (4 * beton.context):
@@ -115,7 +110,7 @@ def _fault(
         if not _are_captions(np.frombuffer(stored, "<i4").reshape(-1, beton.context)):
             return "its caption is not start, words, end, zeros"
         captions.append(stored)
-    key = _stored(beton, content, *record["key"].tolist())
+    key = beton.stored(content, *record["key"].tolist())
     if key is None or _key(beton, content, record) is None:
         return "its key cannot be read"
     if beton.checksums is not None and crc32(b"".join([*captions[:1], key, *captions[1:]]), crc32(jpeg)) != checksum:

@@ -31,7 +31,7 @@ from .order import order_keys, shuffled
 from .portable_crops import cut, draw_boxes, header
 from .producer import Producer
 from .remote import Cache
-from .samples import ShardDamaged
+from .samples import SHARD_DAMAGED, ShardDamaged
 from .shards import count_samples, expand_shards, read_any
 from .tokens import CLIP, tokenize
 
@@ -145,7 +145,7 @@ class WebdatasetLoader:
     def _batch(self, lanes: list[Lane], epoch: int, pool: ThreadPoolExecutor) -> RawBatch:
         share, v = self.batch_size // self.lanes, self.views
         count = share * len(lanes)
-        large, small = (
+        global_crops, local_crops = (
             torch.empty(count, number, size, size, 3, dtype=torch.uint8, pin_memory=self._pin)
             for number, size in ((v.global_crops, v.global_size), (v.local_crops, v.local_size))
         )
@@ -153,24 +153,29 @@ class WebdatasetLoader:
         for lane in lanes:
             candidates = lane.take(share)
             self._at = f"sample {candidates[0].key!r} of {self._shards[candidates[0].index >> PLACE_BITS]}"
-            outs = large[len(chosen) :].numpy(), small[len(chosen) :].numpy()
+            outs = global_crops[len(chosen) :].numpy(), local_crops[len(chosen) :].numpy()
             good = self._decode(candidates, epoch, *outs, pool)
             chosen += self._fill_gaps(candidates, good, lane, epoch, *outs)
         index = torch.tensor([candidate.index for candidate in chosen])
         self._remember(chosen)
-        return RawBatch(large, small, self._tokens(chosen, index, epoch, pool), index)
+        return RawBatch(global_crops, local_crops, self._tokens(chosen, index, epoch, pool), index)
 
     def _decode(
-        self, candidates: list[Candidate], epoch: int, large: np.ndarray, small: np.ndarray, pool: ThreadPoolExecutor
+        self,
+        candidates: list[Candidate],
+        epoch: int,
+        global_crops: np.ndarray,
+        local_crops: np.ndarray,
+        pool: ThreadPoolExecutor,
     ) -> list[bool]:
-        """Crops of n candidates into the first n places of `large` and `small`; which of them could be decoded."""
+        """Crops of n candidates into the first n places of both arrays; which of them could be decoded."""
         sizes = [self._checked(header, c.image) for c in candidates]
         height, width = (torch.tensor([size[side] if size else 1 for size in sizes]) for side in (0, 1))
         index = torch.tensor([candidate.index for candidate in candidates])
         boxes = draw_boxes(sample_keys(self.seed, epoch, index, Purpose.CROP), height, width, self.views)
 
         def finish(slot: int) -> bool:
-            cut(candidates[slot].image, boxes[slot], large[slot], small[slot])
+            cut(candidates[slot].image, boxes[slot], global_crops[slot], local_crops[slot])
             return True
 
         def work(slot: int) -> bool:
@@ -196,20 +201,19 @@ class WebdatasetLoader:
         good: list[bool],
         lane: Lane,
         epoch: int,
-        large: np.ndarray,
-        small: np.ndarray,
+        global_crops: np.ndarray,
+        local_crops: np.ndarray,
     ) -> list[Candidate]:
         """The candidates, each that could not be decoded replaced by the next one that could, crops included."""
-        chosen, after = list(candidates), len(candidates)
-        if not good[-1]:  # from the batches to come, where the same sample will have its own place again
+        chosen, last = list(candidates), len(candidates) - 1
+        if not good[last]:  # from the batches to come, where the same sample will have its own place again
+            place = global_crops[last:], local_crops[last:]
             with ThreadPoolExecutor(1) as pool:
-                chosen[-1] = next(
-                    c for c in lane.ahead() if self._decode([c], epoch, large[after - 1 :], small[after - 1 :], pool)[0]
-                )
-        for slot in reversed(range(after - 1)):
+                chosen[last] = next(c for c in lane.ahead() if self._decode([c], epoch, *place, pool)[0])
+        for slot in reversed(range(last)):
             if not good[slot]:
                 chosen[slot] = chosen[slot + 1]
-                large[slot], small[slot] = large[slot + 1], small[slot + 1]
+                global_crops[slot], local_crops[slot] = global_crops[slot + 1], local_crops[slot + 1]
         return chosen
 
     def _tokens(self, chosen: list[Candidate], index: Tensor, epoch: int, pool: ThreadPoolExecutor) -> Tensor:
@@ -247,7 +251,7 @@ class WebdatasetLoader:
                     captions = found[1] if self._several else found[1][:1]
                     yield Candidate(shard << PLACE_BITS | place, sample.key, found[0], captions)
         except ShardDamaged:
-            self._count("shard cut short or damaged")
+            self._count(SHARD_DAMAGED)
             logger.warning("%s: cut short or damaged; its samples up to there are used", self._shards[shard])
 
     def sample_ids(self, index: Tensor | Iterable[int]) -> list[str]:

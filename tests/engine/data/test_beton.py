@@ -1,5 +1,6 @@
 """The `.beton` files we write are FFCV's, and what is not one is refused in one line."""
 
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,23 @@ def test_metadata_is_flushed_in_chunks(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(beton, "CHUNK", 2)
     assert write(tmp_path / "chunks.beton", samples).read_bytes() == whole
     assert len(open_beton(tmp_path / "chunks.beton")) == 5
+
+
+class Slow(io.FileIO):
+    """A file of which the system writes at most 100 bytes at a time."""
+
+    def write(self, data: object) -> int:
+        return super().write(memoryview(data)[:100])
+
+
+def test_a_disk_that_takes_little_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: list[Sample]
+) -> None:
+    """Whichever call writes: what was not taken is offered again."""
+    whole, pwrite = write(tmp_path / "whole.beton", samples).read_bytes(), os.pwrite
+    monkeypatch.setattr(beton, "open", lambda path, *_, **__: io.BufferedWriter(Slow(path, "w")), raising=False)
+    monkeypatch.setattr(os, "pwrite", lambda file, data, place: pwrite(file, data[:100], place))
+    assert write(tmp_path / "slow.beton", samples).read_bytes() == whole
 
 
 def test_opened_file_knows_its_context_and_keys(samples: list[Sample], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harmony_fast.engine.data.beton import open_beton
 from harmony_fast.engine.data.pictures import LeftOut, PictureSet, Reading, decoded, open_pictures
 from harmony_fast.engine.data.prepare import prepare
 from harmony_fast.engine.errors import DataError
@@ -92,6 +93,28 @@ def test_beton_files_give_their_captions_back(tar: Callable, pairs: Callable, tm
     assert [captions for captions, _ in found] == [
         several if captions == "all" else several[:1], ("picture number 1",), ("picture number 2",)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_damaged_beton_gives_what_it_has(tar: Callable, pairs: Callable, tmp_path: Path, several: bool) -> None:
+    path = tmp_path / "set.beton"
+    captions = "all" if several else "one"
+    prepare(tar("a.tar", pairs(5)), path, context=16, workers=1, captions=captions, progress=False)
+    metadata = open_beton(path).metadata
+    writable = np.memmap(path, metadata.dtype, "r+", metadata.offset, metadata.shape)
+    writable["image"]["data_ptr"][1] = 2**63
+    if several:
+        writable["captions"]["ptr"][2] = 2**63
+        writable["captions"]["size"][3] = 2**62
+    else:
+        writable["tokens"][2:4] = 2**63, path.stat().st_size - 4
+    writable.flush()
+    left_out = LeftOut()
+    pictures = open_pictures([str(path)], HOW)
+    found = [picture.captions for picture, _ in decoded(pictures.read(), np.asarray, 2, left_out)]
+    assert found == [("picture number 0",), ("picture number 4",)]
+    reason = "image or caption outside the file's data"
+    assert left_out.lines() == [f"left out: {path}: 00000{i}: {reason}" for i in (1, 2, 3)]
 
 
 def test_what_cannot_be_decoded_is_named(classes: Path) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +13,8 @@ import numpy as np
 import pytest
 from ffcv.reader import Reader
 from harmony_fast.engine.data.beton import open_beton
-from harmony_fast.engine.data.parts import tokenize
 from harmony_fast.engine.data.prepare import Summary, prepare
+from harmony_fast.engine.data.tokens import tokenize
 from harmony_fast.engine.errors import DataError
 from PIL import Image
 
@@ -137,6 +138,9 @@ def bad_samples(picture: Callable, encoded: Callable) -> dict[str, tuple[list[tu
     captions = {
         "missing": ([], "caption missing"),
         "null": ([("null.json", b'{"caption": null}')], "caption missing"),
+        "number": ([("number.json", b'{"caption": 5}')], "caption missing"),
+        "object": ([("object.json", b'{"caption": {"en": "a dog"}}')], "caption missing"),
+        "bare": ([("bare.json", b"true")], "caption missing"),
         "broken": ([("broken.json", b"{")], "json not readable"),
         "empty": ([("empty.txt", b"")], "caption empty"),
         "blank": ([("blank.txt", " \n\t\0\x07\u200b\u00a0".encode())], "caption empty"),
@@ -172,7 +176,10 @@ def test_captions_long_and_from_json(tar: Callable, picture: Callable, encoded: 
     assert tokens["bom"] == tokenize("marked", 16)[0].tolist()
 
 
-@pytest.mark.parametrize("caption", ["a cat", "word " * 14, "word " * 15, "x" * 3000, "漢字" * 400, "<b>&amp;</b> é☃"])
+@pytest.mark.parametrize(
+    "caption",
+    ["a cat", "word " * 14, "word " * 15, "x" * 3000, "漢字" * 400, "<b>&amp;</b> é☃", "\n " * 999 + "a cat"],
+)
 def test_tokens_are_those_of_open_clip(caption: str) -> None:
     from open_clip.tokenizer import SimpleTokenizer
 
@@ -229,6 +236,7 @@ def test_sources_and_options_that_cannot_be_used(tar: Callable, pairs: Callable,
         "*.zip": "no file matches",
         "empty": "no tar in this folder",
         "{0..1}.tar": "no such file",
+        "long" * 99: "File name too long",
     }
     for source, message in wrong.items():
         with pytest.raises(DataError, match=message) as error:
@@ -240,6 +248,17 @@ def test_sources_and_options_that_cannot_be_used(tar: Callable, pairs: Callable,
     with pytest.raises(DataError, match="is a folder"):
         run(good, tmp_path / "empty")
     assert not list(tmp_path.glob("x.*"))
+
+
+def test_a_pipe_is_refused(tar: Callable, pairs: Callable, tmp_path: Path) -> None:
+    """As in `prepare <(command) x.beton`."""
+    tar("good.tar", pairs(1))
+    reading, writing = os.pipe()
+    try:
+        with pytest.raises(DataError, match=rf"/dev/fd/{reading}: is a pipe, .* write it to a file"):
+            run([tmp_path / "good.tar", f"/dev/fd/{reading}"], tmp_path / "x.beton")
+    finally:
+        os.close(reading), os.close(writing)
 
 
 def test_no_usable_sample_is_an_error(tar: Callable, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`prepare` from folders, tables and large tars; several captions, duplicates, conditions, another tokenizer."""
+"""`prepare` from folders and tables; several captions, duplicates, conditions, another tokenizer."""
 
 import csv
 import gzip
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harmony_fast.engine.data import sources as sources_module
+from harmony_fast.engine.data import assemble
 from harmony_fast.engine.data.assemble import first_occurrences
 from harmony_fast.engine.data.beton import open_beton
 from harmony_fast.engine.data.prepare import Summary, prepare
@@ -68,13 +68,14 @@ def test_a_folder_tree(jpegs: list[bytes], picture: Callable, encoded: Callable,
         (root / name).write_bytes(data)
     (root / "gone.jpg").symlink_to(root / "nowhere.jpg")
     (root / "loop").symlink_to(root)
+    (root / "sink.jpg").symlink_to("/dev/null")
     summary = run(root, tmp_path / "x.beton")
     assert captions(summary.path) == dict(
         zip(["a", "b/IMG.2020.01", "c/d/e/deep"], ([row] for row in tokens("json", "with dots", "deep")), strict=True)
     )
     assert rejects(summary) == [
         ("alone", "caption missing"), ("broken", "image truncated or corrupt"), ("gone", "file not found"),
-        ("text", "no image"),
+        ("sink", "file not readable"), ("text", "no image"),
     ]  # fmt: skip
     assert images(summary.path)[1:] == [jpegs[0], jpegs[1]]
 
@@ -180,6 +181,20 @@ def test_tables_that_cannot_be_used(tmp_path: Path) -> None:
         assert "\n" not in str(error.value) and name in str(error.value)
 
 
+def test_damaged_parquet_files_are_named(tar: Callable, pairs: Callable, tmp_path: Path) -> None:
+    """Their tables at the end are whole, so the damage shows only when the pages are read."""
+    shard = tar("00000.tar", pairs(2))
+    for name, column in (("t", "image"), ("00000", "key")):
+        path = write_table(tmp_path / f"{name}.parquet", [column, "caption"], [[f"{i}.jpg", f"{i}"] for i in range(9)])
+        content = bytearray(path.read_bytes())
+        content[4:60] = b"\xff" * 56
+        path.write_bytes(content)
+    for source, options in ((tmp_path / "t.parquet", {}), (shard, {"where": "caption == 'x'"})):
+        with pytest.raises(DataError, match=rf"{source.stem}\.parquet: not a parquet file, or damaged: ") as error:
+            run(source, tmp_path / "x.beton", **options)
+        assert "\n" not in str(error.value)
+
+
 def test_images_inside_a_parquet_file(jpegs: list[bytes], tmp_path: Path) -> None:
     rows = [[{"bytes": data, "path": f"{i}.jpg"}, [f"number {i}", "again"]] for i, data in enumerate(jpegs)]
     summary = run(write_table(tmp_path / "hf.parquet", ["image", "captions"], rows), tmp_path / "x.beton")
@@ -208,65 +223,6 @@ def test_sources_of_all_kinds_together(tar: Callable, pairs: Callable, jpegs: li
     assert open_beton(summary.path).keys() == ["tree/x.jpg", "000000", "000001", "x"]
 
 
-# Large tars are cut into pieces
-
-
-@pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources_module, "PIECE", 10_000)
-
-
-def outputs(source: Path, folder: Path, **options: object) -> list[tuple[bytes, bytes]]:
-    """With pieces and without: the file and its rejects."""
-    found = []
-    for name in ("cut", "whole"):
-        if name == "whole":
-            options = {**options, "workers": 1}
-            sources_module.PIECE = 10**12
-        summary = run(source, folder / f"{name}.beton", **options)
-        found.append((summary.path.read_bytes(), summary.rejects_path.read_bytes()))
-    return found
-
-
-@pytest.mark.usefixtures("small_pieces")
-@pytest.mark.parametrize("damage", ["none", "cut", "header"])
-def test_pieces_change_nothing(tar: Callable, pairs: Callable, tmp_path: Path, damage: str) -> None:
-    twice = [*pairs(3, 5), ("late.txt", b"alone"), ("000001.png", b"again"), ("000001.txt", b"x")]
-    shard = tar("a.tar", [*pairs(30), ("README", b"x"), *twice, *pairs(10, 40)])
-    data = bytearray(shard.read_bytes())
-    if damage == "cut":
-        shard.write_bytes(data[: len(data) * 5 // 6])
-    if damage == "header":
-        place = data.index(b"000020.jpg")
-        data[place : place + 200] = b"\xff" * 200
-        shard.write_bytes(data)
-    assert len(find_chunks(shard, 2)) > 5
-    cut, whole = outputs(shard, tmp_path)
-    assert cut == whole
-    reasons = [json.loads(line)["reason"] for line in cut[1].splitlines()]
-    assert reasons.count("shard cut short or damaged") == (damage != "none")
-    assert reasons.count("key seen before in this shard") == {"none": 4, "cut": reasons.count(
-        "key seen before in this shard"), "header": 0}[damage]  # fmt: skip
-
-
-@pytest.mark.usefixtures("small_pieces")
-@pytest.mark.parametrize("limit", [1, 7, 24, 25, 60])
-def test_limits_and_duplicates_with_pieces(tar: Callable, pairs: Callable, tmp_path: Path, limit: int) -> None:
-    renamed = [(f"copy-{name}", data) for name, data in pairs(20)]
-    shard = tar("a.tar", pairs(20) + renamed + pairs(20, 50))
-    cut, whole = outputs(shard, tmp_path, limit=limit, dedup=True)
-    assert cut == whole
-    keys = [f"{i:06d}" for i in (*range(20), *range(50, 70))][:limit]
-    assert open_beton(tmp_path / "cut.beton").keys() == keys
-    assert cut[1].count(b"duplicate of an earlier image") == (20 if limit > 20 else 0)
-
-
-def test_a_compressed_tar_stays_whole(tar: Callable, pairs: Callable, tmp_path: Path) -> None:
-    shard = tar("a.tar", pairs(30))
-    (tmp_path / "b.tar.gz").write_bytes(gzip.compress(shard.read_bytes()))
-    assert len(find_chunks(tmp_path / "b.tar.gz", 2)) == 1
-
-
 # Several captions
 
 
@@ -281,6 +237,7 @@ LISTS = {
 
 def test_lists_of_captions(tar: Callable, jpegs: list[bytes], tmp_path: Path) -> None:
     samples = {**LISTS, "lines": {"txt": b"one\n\n two \n"}, "single": {"txt": b"[not a list"}}
+    samples["unhashable"] = {"txt": b"[{[]: 1}]"}
     files = [f for key, parts in samples.items() for f in ((f"{key}.jpg", jpegs[0]), *(
         (f"{key}.{extension}", data) for extension, data in parts.items()))]  # fmt: skip
     shard = tar("a.tar", files)
@@ -289,6 +246,7 @@ def test_lists_of_captions(tar: Callable, jpegs: list[bytes], tmp_path: Path) ->
     assert {key: every[key] for key in LISTS} == dict.fromkeys(LISTS, tokens("one", "two"))
     assert (one["lines"], every["lines"]) == (tokens("one\n\n two \n"), tokens("one", " two "))
     assert one["single"] == every["single"] == tokens("[not a list")
+    assert one["unhashable"] == every["unhashable"] == tokens("[{[]: 1}]")
 
 
 def test_a_file_with_several_captions_is_still_ffcvs(tar: Callable, jpegs: list[bytes], tmp_path: Path) -> None:
@@ -303,6 +261,19 @@ def test_a_file_with_several_captions_is_still_ffcvs(tar: Callable, jpegs: list[
     read = np.concatenate([batch[0].numpy().copy() for batch in loader])
     assert read.tolist() == [rows[0] for rows in captions(path).values()]
     assert [len(rows) for rows in captions(path).values()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_sample_as_large_as_a_page(
+    tar: Callable, picture: Callable, encoded: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several captions the first is stored twice: where image, caption and key fill a page, the page is larger."""
+    monkeypatch.setattr(assemble, "PAGE", 4096)
+    size = 4096 - 4 * 16 - len("k")
+    image = encoded(picture(), comment=b"x" * (size - len(encoded(picture(), comment=b"x")) + 1))
+    assert len(image) == size
+    shard = tar("a.tar", [("k.jpg", image), ("k.txt", b"words")])
+    files = [run(shard, tmp_path / f"{c}.beton", captions=c).path for c in ("one", "all")]
+    assert [open_beton(file).page_size for file in files] == [4096, 8192]
 
 
 # Duplicates and conditions

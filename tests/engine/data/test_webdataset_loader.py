@@ -1,24 +1,21 @@
 """The streaming loader: same interface and crops as the other, exact resume, and the net at its worst."""
 
 import json
-import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from harmony_fast.engine.data import remote
+from bad_server import serving
+from harmony_fast.engine.data import lanes, remote
 from harmony_fast.engine.data.batch import RawBatch
 from harmony_fast.engine.data.loader import Loader
 from harmony_fast.engine.data.prepare import prepare
-from harmony_fast.engine.data.remote import Cache, Stream
+from harmony_fast.engine.data.remote import Cache
 from harmony_fast.engine.data.webdataset_loader import PLACE_BITS, WebdatasetLoader
 from harmony_fast.engine.errors import DataError
 from harmony_fast.harmony.views import ViewsConfig
@@ -60,7 +57,9 @@ def test_interface_and_content(shards: list[Path], pairs: Callable) -> None:
     rows = [row for batch in got for row in batch.tokens]
     assert all(row.tolist() == tokenize(captions[key], 16)[0].tolist() for key, row in zip(ids, rows, strict=True))
     assert len(set(ids)) >= 23  # only a lane that is shorter than the epoch begins again
-    assert set(ids) <= {f"{100 * n + i:06d}" for n, size in enumerate(SIZES) for i in range(size)}
+    places = [(number >> PLACE_BITS, number % (1 << PLACE_BITS)) for batch in got for number in batch.index.tolist()]
+    assert ids == [f"{100 * shard + place:06d}" for shard, place in places] and PLACE_BITS == 24
+    assert all(place < SIZES[shard] for shard, place in places)
 
 
 def test_batches_depend_on_seed_and_epoch_alone(shards: list[Path]) -> None:
@@ -127,6 +126,15 @@ def test_bad_samples_are_replaced_the_same_way_when_resuming(
     for start in range(1, 6):
         assert all_same(batches(shards, start_step=start, batch_size=4), whole[start:])
     assert "left out so far" in caplog.text and "image truncated or corrupt" in caplog.text
+
+
+def test_images_none_of_which_can_be_decoded_end_the_epoch(
+    tar: Callable, pairs: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "HOPELESS", 20)
+    shard = tar("a.tar", [(name, data[: len(data) // 2] if name.endswith("jpg") else data) for name, data in pairs(9)])
+    with pytest.raises(DataError, match=r"a\.tar: 20 images in succession cannot be decoded"):
+        batches([shard], batch_size=4)
 
 
 def test_a_shard_that_breaks_off_gives_what_it_has(tar: Callable, pairs: Callable, tmp_path: Path) -> None:
@@ -202,85 +210,6 @@ def test_ffcv_is_not_needed(shards: list[Path]) -> None:
 # The net
 
 
-class Server(ThreadingHTTPServer):
-    """Serves a folder from 127.0.0.1, as badly as it is told to."""
-
-    daemon_threads = True
-    ranges = True
-    drop_after = 0
-    """Bytes after which a connection is cut; 0: never."""
-    pause = 0.0
-    """Seconds between the last byte and the cut: without any, a client may lose what it has received."""
-    delay = 0.0
-    """Seconds before each answer."""
-    stalls: list[str]
-    """Requests for these names get headers and then nothing."""
-    failures = 0
-    """So many of the next requests are answered with 503."""
-    requests: list[str]
-
-
-class Handler(SimpleHTTPRequestHandler):
-    server: Server
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        server, path = self.server, Path(self.translate_path(self.path))
-        server.requests.append(self.path)
-        time.sleep(server.delay)
-        if server.failures:
-            server.failures -= 1
-            return self.send_error(503)
-        if not path.is_file():
-            return self.send_error(404)
-        data, start = path.read_bytes(), 0
-        wanted = self.headers.get("Range", "")
-        if server.ranges and wanted.startswith("bytes="):
-            first, _, last = wanted[6:].partition("-")
-            start, end = int(first), min(int(last or len(data)) + 1, len(data))
-            if start >= len(data):
-                return self.send_error(416)
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
-        else:
-            end = len(data)
-            self.send_response(200)
-        self.send_header("Content-Length", str(end - start))
-        self.end_headers()
-        if path.name in server.stalls:
-            server.stalls.remove(path.name)
-            time.sleep(5)
-            return None
-        body = data[start:end]
-        self.wfile.write(body[: server.drop_after or None])
-        self.wfile.flush()
-        if len(body) > server.drop_after > 0:
-            time.sleep(server.pause)
-        self.close_connection = True
-        return None
-
-
-@contextmanager
-def serving(folder: Path) -> Iterator[tuple[Server, str]]:
-    server = Server(("127.0.0.1", 0), lambda *a, **k: Handler(*a, directory=str(folder), **k))
-    server.stalls, server.requests = [], []
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
-        yield server, f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(remote, "SILENCE", 1.0)
-
-
 def stats(shards: list[Path]) -> None:
     for shard, size in zip(shards, SIZES, strict=True):
         shard.with_name(shard.stem + "_stats.json").write_text(json.dumps({"count": size + 3, "successes": size}))
@@ -300,20 +229,6 @@ def test_dropped_delayed_and_stalled_connections(
         got = batches([f"{address}/{{0..3}}.tar"])
         assert all_same(got, local)
         assert len([r for r in server.requests if r == "/0.tar"]) > (1 if ranges else 0)
-
-
-@pytest.mark.usefixtures("impatient")
-def test_a_server_without_ranges_is_read_from_the_start_again(tar: Callable, pairs: Callable, tmp_path: Path) -> None:
-    shard = tar("a.tar", pairs(8))
-    data = shard.read_bytes()
-    with serving(tmp_path) as (server, address):
-        server.ranges, server.drop_after, server.pause = False, len(data) // 2, 0.5
-        stream = Stream(f"{address}/a.tar")
-        first = stream.read(len(data) // 2)
-        server.drop_after = 0
-        assert first + stream.read() == data and stream.ended
-        stream.close()
-        assert len(server.requests) == 2
 
 
 @pytest.mark.usefixtures("impatient")
@@ -358,28 +273,8 @@ def test_a_bounded_cache(shards: list[Path], tmp_path: Path) -> None:
             assert all_same(list(loader.epoch(0)), local) and not list(none.folder.iterdir())
 
 
-def test_the_least_lately_used_shard_goes_first(tmp_path: Path) -> None:
-    cache = Cache(tmp_path / "cache", 250)
-    for n, source in enumerate("abc"):
-        assert cache.make_room(100)
-        cache.path(source).write_bytes(bytes(100))
-        os.utime(cache.path(source), (1000 + n, 1000 + n))
-    assert [source for source in "abc" if cache.find(source)] == ["b", "c"]  # and both are new again
-    os.utime(cache.path("c"), (1, 1))
-    assert cache.make_room(100) and cache.find("b") and not cache.find("c")
-    assert not cache.make_room(251)
-
-
-def test_commands_as_sources(shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
-    local = batches(shards)
-    assert all_same(batches([f"pipe:cat {tmp_path}/{{0..3}}.tar"], samples=27), local)
-    tried, shard = tmp_path / "tried", shards[0]
-    once = f"[ -e {tried} ] && exec cat {shard}; touch {tried}; head -c 9000 {shard}; exit 3"
-    stream = Stream(f"pipe:{once}")
-    assert stream.read() == shards[0].read_bytes()
-    with pytest.raises(DataError, match="ended with status 3"):
-        Stream("pipe:exit 3").read()
+def test_commands_as_sources(shards: list[Path], tmp_path: Path) -> None:
+    assert all_same(batches([f"pipe:cat {tmp_path}/{{0..3}}.tar"], samples=27), batches(shards))
 
 
 def test_other_file_systems_of_fsspec(shards: list[Path]) -> None:
@@ -388,18 +283,3 @@ def test_other_file_systems_of_fsspec(shards: list[Path]) -> None:
     for shard in shards:
         fsspec.filesystem("memory").pipe(f"/set/{shard.name}", shard.read_bytes())
     assert all_same(batches(["memory://set/{0..3}.tar"], samples=27), batches(shards))
-
-
-def test_a_stream_goes_forward_and_a_little_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "CHUNK", 64)
-    monkeypatch.setattr(remote, "TAIL", 256)
-    data = np.random.default_rng(0).bytes(5000)
-    (tmp_path / "x").write_bytes(data)
-    stream = Stream(f"file://{tmp_path}/x")
-    assert stream.read(100) == data[:100] and stream.seek(10) == 10 and stream.read(500) == data[10:510]
-    assert stream.seek(400) == 400 and stream.read(1) == data[400:401] and stream.tell() == 401
-    assert stream.seek(4000) == 4000 and stream.read() == data[4000:] and stream.read(5) == b""
-    with pytest.raises(OSError, match="cannot go there"):
-        stream.seek(0)
-    stream.close()
-    assert PLACE_BITS == 24
