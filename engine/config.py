@@ -30,6 +30,16 @@ from .shipped import find_config
 from .sizes import size_of
 from .stopping import seconds_of
 
+
+class _Loader(yaml.SafeLoader):
+    """YAML as we read it: without dates, which no key is, but the name of a run folder may be."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [resolver for resolver in resolvers if resolver[0] != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
 # What `reference_compat: true` sets where the configuration says nothing: the authors' code, not its intention.
 REFERENCE_COMPAT = {
     "optimizer.clip": "parameter",
@@ -263,8 +273,10 @@ def parse_config(raw: dict[str, Any], origin: str) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        problems = [_explain(dict(e)) for e in error.errors()]
-        raise UserError(f"{origin}: " + "; ".join(problems)) from None
+        problems: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for e in error.errors():
+            problems.setdefault(_place(dict(e)), []).append(dict(e))
+        raise UserError(f"{origin}: " + "; ".join(map(_explain, problems, problems.values()))) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -308,12 +320,12 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The keys of one file, without its base's. Raises UserError."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: `!!int x`
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected keys and values, found {type(raw).__name__}")
@@ -326,8 +338,8 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"'{override}' is not of the form key=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError):  # as in `read_yaml`
         value = text
     *path, last = key.split(".")
     node = raw
@@ -338,10 +350,22 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _explain(error: dict[str, Any]) -> str:
-    """One problem in words, with the nearest valid key for one that is unknown."""
-    location = tuple(str(part) for part in error["loc"])
-    key = ".".join(location)
+def _place(error: dict[str, Any]) -> tuple[str, ...]:
+    """The parts of the key that an error is about, without pydantic's names for the alternatives of a union."""
+    place: list[str] = []
+    for part in error["loc"]:
+        unknown = isinstance(part, str) and place and part not in _valid_keys(tuple(place))
+        if not unknown or error["type"] == "extra_forbidden":
+            place.append(str(part))
+    return tuple(place)
+
+
+def _explain(location: tuple[str, ...], errors: list[dict[str, Any]]) -> str:
+    """One problem in words, with the nearest valid key for one that is unknown.
+
+    errors: pydantic's, of which there are several where a value is none of several types.
+    """
+    key, error = ".".join(location), errors[0]
     if error["type"] == "extra_forbidden":
         valid = _valid_keys(location[:-1])
         near = difflib.get_close_matches(location[-1], valid, 1, cutoff=0.5)
@@ -350,8 +374,8 @@ def _explain(error: dict[str, Any]) -> str:
         return f"unknown key '{key}'; {hint}"
     if error["type"] == "missing":
         return f"'{key}' is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
+    messages = [e["msg"].removeprefix("Value error, ") for e in errors]
+    message = ", or ".join(m[:1].lower() + m[1:] for m in messages)
     shown = f" (given: {error['input']!r})" if location and not isinstance(error["input"], dict) else ""
     return f"'{key}': {message}{shown}" if location else message
 
