@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from .backends import has_bf16, settle_precision
-from .config import RunConfig, dotted, load_config, plain, with_overrides
+from .config import RunConfig, load_config, plain, with_overrides
 from .distributed import Ranks
 from .errors import StartAgain, UserError
 from .host_memory import host_memory
 from .measure import is_out_of_memory, measure_rates
 from .memory import CONTEXT, Device
+from .nested import dotted
 from .plan import Budget, Plan, Planner
 from .sizes import GIB, size_of
 

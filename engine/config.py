@@ -26,19 +26,10 @@ from ..harmony.model import MethodConfig
 from .data_config import DataConfig
 from .errors import UserError
 from .evaluate_config import EvaluateConfig
+from .nested import apply_override, dotted, merged, read_yaml
 from .shipped import find_config
 from .sizes import size_of
 from .stopping import seconds_of
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as we read it: without dates, which no key is, but the name of a run folder may be."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [resolver for resolver in resolvers if resolver[0] != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
 
 # What `reference_compat: true` sets where the configuration says nothing: the authors' code, not its intention.
 REFERENCE_COMPAT = {
@@ -308,48 +299,6 @@ def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merged(_read_with_base(find_config(base, path.parent), (*above, path.resolve())), raw)
 
 
-def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Nested plain data with the keys of `above` in place of those of `below`."""
-    both = {
-        key: merged(below[key], value) if isinstance(value, dict) and isinstance(below.get(key), dict) else value
-        for key, value in above.items()
-    }
-    return {**below, **both}
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys of one file, without its base's. Raises UserError."""
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: `!!int x`
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected keys and values, found {type(raw).__name__}")
-    return raw
-
-
-def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set one dotted key in nested plain data."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"'{override}' is not of the form key=value")
-    try:
-        value = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError):  # as in `read_yaml`
-        value = text
-    *path, last = key.split(".")
-    node = raw
-    for part in path:
-        if not isinstance(node.get(part), dict):
-            node[part] = {}
-        node = node[part]
-    node[last] = value
-
-
 def _place(error: dict[str, Any]) -> tuple[str, ...]:
     """The parts of the key that an error is about, without pydantic's names for the alternatives of a union."""
     place: list[str] = []
@@ -394,11 +343,3 @@ def _members(annotation: Any) -> list[Any]:
     """The alternatives of `X | None`, or the annotation itself."""
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return list(typing.get_args(annotation)) if union else [annotation]
-
-
-def dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings to dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat

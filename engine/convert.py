@@ -22,9 +22,10 @@ from ..harmony.model import Harmony
 from .authors import TO_THEIRS, Source, our_name, read_source, their_name
 from .checkpoint import WEIGHTS, write_weights_only
 from .checkpoint_folder import CheckpointFolder
-from .config import RunConfig, apply_override, dump_config, load_config, parse_config
+from .config import RunConfig, dump_config, load_config, parse_config
 from .errors import UserError
 from .infer import FIXED, infer_config, missing_heads
+from .nested import apply_override
 
 __all__ = ["from_run", "our_name", "to_run"]
 

@@ -13,10 +13,11 @@ from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple
 
-from .config import RunConfig, dotted, parse_config, plain
+from .config import RunConfig, parse_config, plain
 from .errors import UserError
 from .live_bytes import GRADIENTS
 from .memory import TAUGHT, Device, Memory, Passes, memory_of
+from .nested import dotted
 from .rates import Rates
 from .scaling import sent_bytes
 from .walks import Walks

@@ -19,10 +19,10 @@ from ..harmony.objectives.base import Center
 from ..harmony.schedules import Clock, warmup_cosine
 from ..harmony.teacher import twins
 from .config import RunConfig
-from .config import merged as merge
 from .distributed import Ranks
 from .errors import UserError
 from .half_on_cpu import products_for
+from .nested import merged
 from .partition import PARTITIONS
 
 if TYPE_CHECKING:
@@ -107,13 +107,13 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "fp16": {"enabled": config.precision == "fp16", "initial_scale_power": 16},
         "steps_per_print": 2**31,
     }
-    merged = merge(generated, config.deepspeed)
-    if merged["zero_optimization"].get("overlap_comm") and not _may_overlap(config, world_size):
+    settings = merged(generated, config.deepspeed)
+    if settings["zero_optimization"].get("overlap_comm") and not _may_overlap(config, world_size):
         raise UserError(
             "deepspeed.zero_optimization.overlap_comm: in zero.stage 1 DeepSpeed adds up wrong gradients with it where "
             "a step has several backward passes (micro-batches, pass: split), and refuses it with offload; use stage 2"
         )
-    return merged
+    return settings
 
 
 def _may_overlap(config: RunConfig, world_size: int) -> bool:
