@@ -45,7 +45,7 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set a key of nested plain data, given as `a.b=value` with the value in YAML. Raises UserError for another form."""
+    """Set a key of nested plain data as `a.b=value` says, its value in YAML. Raises UserError for another form."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"'{override}' is not of the form key=value")
