@@ -20,7 +20,7 @@ from .config import RunConfig, differences, dump_config, load_config
 from .data.batch import RawBatch
 from .data.open_loader import AnyLoader, open_loader
 from .data.views import StepViews
-from .disk import alone_in
+from .disk import alone_in, replace_text
 from .distributed import Ranks, join
 from .ema import ShardedEma
 from .errors import UserError
@@ -193,10 +193,8 @@ def run_folder(config: RunConfig, ranks: Ranks) -> Iterator[None]:
             try:
                 config.run_dir.mkdir(parents=True, exist_ok=True)
                 held.enter_context(alone_in(config.run_dir, LAST_MOMENTS))
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text(dump_config(config), encoding="utf-8")
-                temporary.replace(path)
-                (config.run_dir / "deepspeed.json").write_text(generated, encoding="utf-8")
+                replace_text(path, dump_config(config))
+                replace_text(config.run_dir / "deepspeed.json", generated)
             except OSError as error:
                 raise UserError(f"run_dir {config.run_dir}: cannot be written: {error.strerror}") from None
         ranks.barrier()
