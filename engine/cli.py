@@ -122,8 +122,7 @@ def train(
     overrides = [*(overrides or []), *([f'max_time="{max_time}"'] if max_time else [])]
     resolved = load_config(config, overrides)
     count = ranks or gpus or 1
-    if resolved.data.batch_size % count:
-        raise UserError(f"data.batch_size {resolved.data.batch_size} cannot be divided among {count} ranks")
+    resolved.data.samples_per_rank(count)  # before anything is started
     if started_by_launcher():
         train_here(resolved)
         leave()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -61,6 +61,7 @@ def train(config: RunConfig) -> None:
 def run(settled: Settled, ranks: Ranks, stop: StopRequest) -> None:
     """From the newest checkpoint, if there is one, to the end."""
     config = settled.config
+    micro_batches = count_micro_batches(config, ranks)
     use_backends(config, ranks.device)
     torch.manual_seed(config.seed)  # initial weights only: all later draws are counter-based
     with run_folder(config, ranks), open_loader(config, ranks) as loader:
@@ -80,10 +81,9 @@ def run(settled: Settled, ranks: Ranks, stop: StopRequest) -> None:
         log.say(f"resumed at step {done} of {last}" if saved else describe(config, model, loader, ranks))
         greet(log, settled, damaged)
 
-        micro_batches = count_micro_batches(config, ranks)
         divergence, numbers = Divergence(config, progress), Numbers(settled, log, done, ranks)
         model.train()
-        with Watchdog(config.run_dir, ranks.rank, config.watchdog, config.watchdog_seconds) as watchdog:
+        with closing(log), Watchdog(config.run_dir, ranks.rank, config.watchdog, config.watchdog_seconds) as watchdog:
             for clock, batch in batches(config, loader, done, last):
                 views = StepViews(config, batch, clock, ranks.device, micro_batches)
 
@@ -115,7 +115,6 @@ def run(settled: Settled, ranks: Ranks, stop: StopRequest) -> None:
                     break
             with watchdog.resting():
                 problem = checkpoints.wait()
-        log.close()
         if problem:
             raise UserError(f"step {done} could not be saved: {problem}; make room and start the same command again")
         if done == last and ranks.is_main:

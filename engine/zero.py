@@ -94,7 +94,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     if config.zero.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     generated = {
-        "train_micro_batch_size_per_gpu": config.data.micro_batch_size or config.data.batch_size // world_size,
+        "train_micro_batch_size_per_gpu": config.data.micro_batch_size or config.data.samples_per_rank(world_size),
         "gradient_accumulation_steps": 1,  # engine/accumulate.py says which backward pass is the last
         # With offload and in stage 3 DeepSpeed would take along only the gradients of that last pass; in this mode it
         # takes all that were added up when the step comes.
@@ -122,7 +122,7 @@ def _may_overlap(config: RunConfig, world_size: int) -> bool:
     In stage 1 DeepSpeed 0.19.8 gives wrong gradients with it where a step has several: losses were off by 4 % after
     four steps of the layout "split" in tests/engine/test_zero.py. With offload it refuses it by itself.
     """
-    size = config.data.batch_size // world_size
+    size = config.data.samples_per_rank(world_size)
     once = config.pass_mode == "packed" and config.data.micro_batch_size in (None, size)
     return config.zero.stage > 1 or (once and not config.zero.offload_optimizer)
 

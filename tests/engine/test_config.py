@@ -83,6 +83,14 @@ def test_a_date_is_a_name(tiny: dict, tmp_path: Path) -> None:
     assert load_config(path) == config
 
 
+def test_a_batch_is_shared_equally(tiny: dict) -> None:
+    data = parse_config({**tiny, "data": {**tiny["data"], "batch_size": 8}}, "test").data
+    assert data.samples_per_rank(2) == 4
+    for ranks in (3, 16):
+        with pytest.raises(UserError, match=f"data.batch_size 8 cannot be divided among {ranks} ranks"):
+            data.samples_per_rank(ranks)
+
+
 def test_no_objective_is_refused(tiny: dict) -> None:
     with pytest.raises(UserError, match="name at least one of contrastive"):
         parse_config({**tiny, "objectives": {}}, "test")
