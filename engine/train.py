@@ -37,8 +37,9 @@ from .zero import Zero, deepspeed_config
 # Keys that may change when a run goes on: they do not touch what is computed.
 FREE_KEYS = (
     "run_dir", "max_steps", "max_time", "keep_every", "max_skipped_steps", "on_divergence", "max_rollbacks", "watchdog",
-    "watchdog_seconds", "memory", "log_every", "checkpoint_every", "keep_checkpoints", "data.workers", "evaluate",
-    "pass", "zero.", "deepspeed", "tf32", "compile", "activation_checkpointing.", "data.micro_batch_size", "kernels.",
+    "watchdog_seconds", "memory", "log_every", "checkpoint_every", "keep_checkpoints", "data.workers", "data.reading",
+    "data.cache_", "data.micro_batch_size", "evaluate", "pass", "zero.", "deepspeed", "tf32", "compile", "kernels.",
+    "activation_checkpointing.",
 )  # fmt: skip
 LAST_MOMENTS = 5.0
 """Seconds in which a process that was killed is gone"""
