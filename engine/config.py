@@ -230,6 +230,9 @@ class RunConfig(MethodConfig):
             "evaluate_every needs evaluate.data: what to evaluate on": (
                 self.evaluate_every is not None and not self.evaluate.data
             ),
+            "deepspeed.zero_optimization must be keys and values": (
+                not isinstance(self.deepspeed.get("zero_optimization", {}), dict)
+            ),
             "precision fp16 needs zero.stage 1, 2 or 3 for its loss scaling": self.precision == "fp16" and stage == 0,
         }
         for message, applies in refused.items():
