@@ -3,6 +3,7 @@
 .PHONY: help setup demo test test-faults lint docs clean
 
 RUN := .venv/bin/harmony-fast
+# Unset: where bytecode may not be written, every start compiles everything again (10 s).
 export PYTHONDONTWRITEBYTECODE :=
 
 help:  ## What there is

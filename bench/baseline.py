@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..engine.config import RunConfig
 from ..engine.errors import UserError
-from ..engine.zero import Scalars, is_decayed
+from ..engine.optimizer import Scalars, is_decayed
 from ..harmony.heads import ProjectionHead
 from ..harmony.image_encoder import ImageEncoder
 from ..harmony.model import Branch, Harmony

@@ -22,7 +22,8 @@ from ..engine.data.views import StepViews
 from ..engine.distributed import Ranks
 from ..engine.ema import ShardedEma
 from ..engine.live_bytes import LiveBytes
-from ..engine.zero import Zero, scalars_at
+from ..engine.optimizer import scalars_at
+from ..engine.zero import Zero
 from ..harmony.objectives.contrastive import ContrastiveConfig
 from ..harmony.views import Views
 from .baseline import FourPass, Watch, unwatched

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 
 from .backends import has_bf16, settle_precision
-from .config import RunConfig, dotted, load_config, plain, with_overrides
+from .config import RunConfig, load_config, plain, with_overrides
+from .disk import replace_text
 from .distributed import Ranks
 from .errors import StartAgain, UserError
 from .host_memory import host_memory
 from .measure import is_out_of_memory, measure_rates
 from .memory import CONTEXT, Device
+from .nested import dotted
 from .plan import Budget, Plan, Planner
 from .sizes import GIB, size_of
 
@@ -69,7 +71,8 @@ class Settled:
             reason = " ".join(str(error).split())[:200]
             if self.more and not self.stepped:
                 path = self.config.run_dir / FILE  # written by every rank that fails, but the same
-                _write(path, {**json.loads(path.read_text()), "failed": self.number + 1})
+                found = {**json.loads(path.read_text(encoding="utf-8")), "failed": self.number + 1}
+                replace_text(path, json.dumps(found, indent=1))
                 raise StartAgain(f"memory ran out in the first step ({reason}); going on with the next plan") from None
             raise UserError(
                 f"memory ran out: {reason}; `harmony-fast plan` names settings that fit, `memory=auto` takes them"
@@ -96,12 +99,12 @@ def settle(config: RunConfig, ranks: Ranks) -> Settled:
                     plans = _with_less_and_less(planner, budget)
                 found = {"for": _key(config, ranks), "failed": 0}
                 found["plans"] = [{"overrides": plan.overrides, "tensors": plan.memory.tensors} for plan in plans]
-                _write(path, found)
+                replace_text(path, json.dumps(found, indent=1))
             except UserError as error:
                 problem = error
     if ranks.any(problem is not None):
         raise problem or UserError("no settings that fit were found; the main rank says why")
-    return _settled(config, json.loads(path.read_text()))
+    return _settled(config, json.loads(path.read_text(encoding="utf-8")))
 
 
 def _settled(config: RunConfig, found: dict[str, Any]) -> Settled:
@@ -153,17 +156,7 @@ def _key(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
 
 def _known(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         return found if found["for"] == json.loads(json.dumps(key)) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(found, indent=1))
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None

@@ -27,7 +27,7 @@ def build_model(config: RunConfig) -> Harmony:
 
 def count_micro_batches(config: RunConfig, ranks: Collectives) -> int:
     """How many micro-batches make a rank's step. Raises UserError if samples would be left over."""
-    own = config.data.batch_size // ranks.world_size
+    own = config.data.samples_per_rank(ranks.world_size)
     size = config.data.micro_batch_size or own
     if own % size:
         raise UserError(

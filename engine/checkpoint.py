@@ -231,7 +231,7 @@ class LoadedRun(NamedTuple):
 
 
 def load_run(run_dir: Path, device: torch.device | str = "cpu") -> LoadedRun:
-    """A run's newest checkpoint with whole weights, for evaluation and reports.
+    """A run's newest checkpoint with whole weights, for everything but training.
 
     Raises UserError if the folder is not a run, has no checkpoint, or its weights do not fit its configuration.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import json
 import os
 import sys
 from pathlib import Path
@@ -122,8 +121,7 @@ def train(
     overrides = [*(overrides or []), *([f'max_time="{max_time}"'] if max_time else [])]
     resolved = load_config(config, overrides)
     count = ranks or gpus or 1
-    if resolved.data.batch_size % count:
-        raise UserError(f"data.batch_size {resolved.data.batch_size} cannot be divided among {count} ranks")
+    resolved.data.samples_per_rank(count)  # before anything is started
     if started_by_launcher():
         train_here(resolved)
         leave()
@@ -192,6 +190,8 @@ def evaluate(
     gpus: Annotated[int | None, typer.Option(min=1, help="Processes that share the encoding, one per GPU.")] = None,
 ) -> None:
     """Zero-shot, retrieval, neighbours, linear probe, few-shot, finetuning, segmentation; writes metrics.json."""
+    import yaml
+
     from .distributed import join, launch, leave, started_by_launcher
     from .evaluate import evaluate_run
     from .evaluate.share import Share
@@ -202,7 +202,7 @@ def evaluate(
     given = {"data": data, "bank": bank, "images": images and str(images), "classes": classes, "templates": templates,
              "branch": branch}  # fmt: skip
     words = tasks or []
-    settings = [f"evaluate.{key}={json.dumps(value)}" for key, value in given.items() if value]
+    settings = [f"evaluate.{key}={yaml.safe_dump(value)}" for key, value in given.items() if value]
     settings += [word for word in words if "=" in word]
     ranks = join() if started_by_launcher() else None
     share = Share(ranks.rank, ranks.world_size) if ranks else Share()
@@ -271,6 +271,8 @@ def convert(
     if len(paths) < 2:
         raise UserError("say what from and what to: convert CKPT.pth RUN_DIR, or convert RUN_DIR OUT.pth")
     if paths[0].is_dir():
+        if len(paths) > 2 or overrides or heads is not None or step:
+            raise UserError(f"{paths[0]} is a run: convert RUN_DIR OUT.pth takes nothing else")
         for name in from_run(paths[0], paths[1]):
             print(f"has no place there: {name}")
         print(paths[1])

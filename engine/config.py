@@ -26,6 +26,7 @@ from ..harmony.model import MethodConfig
 from .data_config import DataConfig
 from .errors import UserError
 from .evaluate_config import EvaluateConfig
+from .nested import apply_override, dotted, merged, read_yaml
 from .shipped import find_config
 from .sizes import size_of
 from .stopping import seconds_of
@@ -229,6 +230,9 @@ class RunConfig(MethodConfig):
             "evaluate_every needs evaluate.data: what to evaluate on": (
                 self.evaluate_every is not None and not self.evaluate.data
             ),
+            "deepspeed.zero_optimization must be keys and values": (
+                not isinstance(self.deepspeed.get("zero_optimization", {}), dict)
+            ),
             "precision fp16 needs zero.stage 1, 2 or 3 for its loss scaling": self.precision == "fp16" and stage == 0,
         }
         for message, applies in refused.items():
@@ -263,8 +267,10 @@ def parse_config(raw: dict[str, Any], origin: str) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        problems = [_explain(dict(e)) for e in error.errors()]
-        raise UserError(f"{origin}: " + "; ".join(problems)) from None
+        problems: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for e in error.errors():
+            problems.setdefault(_place(dict(e)), []).append(dict(e))
+        raise UserError(f"{origin}: " + "; ".join(map(_explain, problems, problems.values()))) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -296,52 +302,22 @@ def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merged(_read_with_base(find_config(base, path.parent), (*above, path.resolve())), raw)
 
 
-def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Nested plain data with the keys of `above` in place of those of `below`."""
-    both = {
-        key: merged(below[key], value) if isinstance(value, dict) and isinstance(below.get(key), dict) else value
-        for key, value in above.items()
-    }
-    return {**below, **both}
+def _place(error: dict[str, Any]) -> tuple[str, ...]:
+    """The parts of the key that an error is about, without pydantic's names for the alternatives of a union."""
+    place: list[str] = []
+    for part in error["loc"]:
+        unknown = isinstance(part, str) and place and part not in _valid_keys(tuple(place))
+        if not unknown or error["type"] == "extra_forbidden":
+            place.append(str(part))
+    return tuple(place)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys of one file, without its base's. Raises UserError."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected keys and values, found {type(raw).__name__}")
-    return raw
+def _explain(location: tuple[str, ...], errors: list[dict[str, Any]]) -> str:
+    """One problem in words, with the nearest valid key for one that is unknown.
 
-
-def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set one dotted key in nested plain data."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"'{override}' is not of the form key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
-    *path, last = key.split(".")
-    node = raw
-    for part in path:
-        if not isinstance(node.get(part), dict):
-            node[part] = {}
-        node = node[part]
-    node[last] = value
-
-
-def _explain(error: dict[str, Any]) -> str:
-    """One problem in words, with the nearest valid key for one that is unknown."""
-    location = tuple(str(part) for part in error["loc"])
-    key = ".".join(location)
+    errors: pydantic's, of which there are several where a value is none of several types.
+    """
+    key, error = ".".join(location), errors[0]
     if error["type"] == "extra_forbidden":
         valid = _valid_keys(location[:-1])
         near = difflib.get_close_matches(location[-1], valid, 1, cutoff=0.5)
@@ -350,8 +326,8 @@ def _explain(error: dict[str, Any]) -> str:
         return f"unknown key '{key}'; {hint}"
     if error["type"] == "missing":
         return f"'{key}' is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
+    messages = [e["msg"].removeprefix("Value error, ") for e in errors]
+    message = ", or ".join(m[:1].lower() + m[1:] for m in messages)
     shown = f" (given: {error['input']!r})" if location and not isinstance(error["input"], dict) else ""
     return f"'{key}': {message}{shown}" if location else message
 
@@ -370,11 +346,3 @@ def _members(annotation: Any) -> list[Any]:
     """The alternatives of `X | None`, or the annotation itself."""
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return list(typing.get_args(annotation)) if union else [annotation]
-
-
-def dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings to dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat

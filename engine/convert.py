@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..harmony.model import Harmony
 from .authors import TO_THEIRS, Source, our_name, read_source, their_name
-from .checkpoint import WEIGHTS, write_weights_only
-from .checkpoint_folder import CheckpointFolder
-from .config import RunConfig, apply_override, dump_config, load_config, parse_config
+from .checkpoint import load_run, write_weights_only
+from .config import RunConfig, dump_config, parse_config
 from .errors import UserError
 from .infer import FIXED, infer_config, missing_heads
+from .nested import apply_override
 
 __all__ = ["from_run", "our_name", "to_run"]
 
@@ -75,7 +76,7 @@ def to_run(
 
     paths: one checkpoint, or the image and the text tower. overrides: `key=value` on top of what the weights imply.
     heads: attention heads of the image tower, where not width / 64. step: optimizer steps that count as done.
-    Raises UserError if a file is refused, does not hold one model, or does not fit.
+    Raises UserError if a file is refused, does not hold one model or does not fit, or the folder cannot be written.
     """
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise UserError(f"{run_dir}: is there already and not empty; choose another folder")
@@ -91,10 +92,13 @@ def to_run(
     report = Report(left_out=told)
     state = fill(config, weights, report)
     record, kept = describe(sources, state, report)
-    write_weights_only(run_dir, step, state)
-    (run_dir / RECORD).write_text(json.dumps(record, indent=1))
-    save_file(kept, run_dir / KEPT)
-    (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    try:
+        write_weights_only(run_dir, step, state)
+        (run_dir / RECORD).write_text(json.dumps(record, indent=1))
+        save_file(kept, run_dir / KEPT)
+        (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{run_dir}: cannot be written: {error}") from None
     return config, report
 
 
@@ -103,8 +107,10 @@ def from_run(run_dir: Path, out: Path) -> list[str]:
 
     A run that was converted gets its own file back, with the weights of today. For others `out` tells what it gets: one
     called `main_vit...` or `main_text...` the bare tower (the teacher's, where there is one), else the checkpoint.
+    Raises UserError for a folder without a whole checkpoint, or if `out` cannot be written.
     """
-    config, weights = read_run(run_dir)
+    config, model, _ = load_run(run_dir)
+    weights = model.state_dict()
     if (run_dir / RECORD).is_file():
         content, missing = restore(run_dir, out, weights)
     else:
@@ -220,18 +226,6 @@ def describe(
         args = {name: value for name, value in source.args.items() if _plain(value)}
         record[source.path.name] = {"whole": source.whole, "epoch": source.epoch, "args": args, "keys": keys}
     return record, kept
-
-
-def read_run(run_dir: Path) -> tuple[RunConfig, dict[str, Tensor]]:
-    """Configuration and newest weights of a run."""
-    found = CheckpointFolder(run_dir).newest([WEIGHTS])[0]
-    if found is None:
-        raise UserError(f"{run_dir}: not a run folder with a checkpoint")
-    path = found / WEIGHTS
-    try:
-        return load_config(run_dir / "config.yaml"), load_file(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
 
 
 def restore(run_dir: Path, out: Path, weights: dict[str, Tensor]) -> tuple[dict[str, Any], list[str]]:

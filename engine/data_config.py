@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from ..harmony.config import Config
 from .data.augment import AugmentConfig
+from .errors import UserError
 
 
 class DataConfig(Config):
@@ -64,3 +65,9 @@ class DataConfig(Config):
     def sources(self) -> list[str]:
         """`train` as a list, whatever its form."""
         return self.train if isinstance(self.train, list) else [str(self.train)]
+
+    def samples_per_rank(self, ranks: int) -> int:
+        """Of an optimizer step. Raises UserError if the batch cannot be divided equally."""
+        if self.batch_size % ranks:
+            raise UserError(f"data.batch_size {self.batch_size} cannot be divided among {ranks} ranks")
+        return self.batch_size // ranks

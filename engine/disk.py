@@ -1,4 +1,4 @@
-"""Having what was written on the disk, where a power cut cannot take it, and a folder to oneself."""
+"""Files written whole, or on the disk, where a power cut cannot take them; and a folder to oneself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-from .errors import DataError
+from .errors import DataError, UserError
 
 
 def sync(file: BinaryIO) -> None:
@@ -34,6 +34,20 @@ def write_synced(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
         sync(file)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file all or nothing: who reads it meanwhile, or after this process was killed, finds the old one.
+
+    Its folder is made. Several processes may write the same file. Raises UserError if it cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 @contextmanager

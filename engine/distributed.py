@@ -141,12 +141,14 @@ def _read_slurm() -> None:
     """What SLURM says to each task of `srun`, as torch's variables, which win where they are set already.
 
     The ranks meet at MASTER_ADDR, by default the step's first node, port MASTER_PORT, by default one of the job's own.
+    A task that SLURM shows one GPU alone (`--gpus-per-task=1`) uses that one, whatever its number on the node.
     """
     slurm = os.environ
     if "RANK" in slurm or int(slurm.get("SLURM_STEP_NUM_TASKS", 1)) < 2 or "SLURM_PROCID" not in slurm:
         return
     found = {"RANK": slurm["SLURM_PROCID"], "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"]}
-    found["LOCAL_RANK"] = slurm.get("SLURM_LOCALID", "0")
+    found["LOCAL_RANK"] = "0" if torch.cuda.device_count() == 1 else slurm.get("SLURM_LOCALID", "0")
+    found["LOCAL_WORLD_SIZE"] = str(most_tasks(slurm.get("SLURM_STEP_TASKS_PER_NODE", found["WORLD_SIZE"])))
     found["MASTER_ADDR"] = first_host(slurm.get("SLURM_STEP_NODELIST", "127.0.0.1"))
     found["MASTER_PORT"] = str(20000 + int(slurm.get("SLURM_JOB_ID", 0)) % 20000)
     os.environ.update({name: value for name, value in found.items() if name not in os.environ})
@@ -157,6 +159,11 @@ def first_host(hosts: str) -> str:
     found = re.match(r"([^,\[]*)(?:\[([^\],-]*)[^\]]*\])?([^,\[]*)", hosts)
     assert found is not None  # each part of the pattern may be empty
     return "".join(found.groups(""))
+
+
+def most_tasks(per_node: str) -> int:
+    """The largest number in SLURM's list of tasks on each node: 4(x2),3 -> 4."""
+    return max(int(number) for number in re.findall(r"(?:^|,)(\d+)", per_node))
 
 
 def launch(ranks: int, arguments: list[str]) -> None:
@@ -217,7 +224,7 @@ def _passing_signals_to(pids: dict[int, int]) -> Iterator[None]:
 
 
 def _environment(rank: int, ranks: int, folder: Path) -> dict[str, str]:
-    threads = max((os.cpu_count() or 1) // ranks, 1)
+    threads = max(len(os.sched_getaffinity(0)) // ranks, 1)
     return {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
         STORE: str(folder / "store"), LAUNCHER: str(os.getpid()),

@@ -22,6 +22,8 @@ from rich.console import Console
 from rich.text import Text
 
 from .doctor_kernels import Check, check_kernels
+from .host_memory import host_memory
+from .sizes import GIB
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
@@ -31,7 +33,6 @@ OPTIONAL = {
 }
 LIBRARIES = {"opencv_imgproc": "libopencv-dev", "turbojpeg": "libturbojpeg0-dev"}
 COLOURS = {"ok": "green", "missing": "yellow", "broken": "bold red"}
-GIB = 2**30
 
 
 class Finding(NamedTuple):
@@ -82,8 +83,7 @@ def _system() -> Iterator[Finding]:
     version = sys.version_info
     known = (3, 10) <= version[:2] <= (3, 12)
     yield Finding("system", "python", "ok", platform.python_version() + ("" if known else ", tried are 3.10 to 3.12"))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield Finding("system", "memory", "ok", f"{memory / GIB:.0f} GiB")
+    yield Finding("system", "memory", "ok", f"{host_memory() / GIB:.0f} GiB")
     for name, folder, enough, cure in (
         ("disk", Path.cwd(), 5, "free some space, or set run_dir and data.train to another disk"),
         ("shared memory", Path("/dev/shm"), 0.5, "in a container: --shm-size=8g or --ipc=host"),
@@ -103,7 +103,7 @@ def _processor() -> Iterator[Finding]:
     fields = {name.strip(): value.strip() for name, _, value in pairs}
     flags = fields.get("flags", fields.get("Features", "")).split()
     known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_fp16", "asimd") if flag in flags]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0))
     name = fields.get("model name", platform.processor() or platform.machine())
     yield Finding(
         "processor", "cores", "ok", f"{cores} usable, {name}; {' '.join(known) or 'no vector extensions known'}"

@@ -64,7 +64,3 @@ class ShardedEma:
         for shard, student, names in zip(self.shards, self._students, self._names, strict=True):
             state.update(zip(names, self._partition.whole(shard, student), strict=True))
         return state
-
-    def bytes(self) -> int:
-        """What this rank keeps of the EMA beside the compute copy, in bytes."""
-        return sum(s.nbytes for s, c in zip(self.shards, self._copies, strict=True) if s is not c)

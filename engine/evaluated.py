@@ -12,7 +12,10 @@ from typing import Any
 
 from ..harmony.model import Branch, Harmony
 from .config import RunConfig
+from .disk import replace_text
 from .errors import UserError
+
+METRICS, ABOUT = "metrics.json", "metrics.about.json"
 
 
 def choose_branch(config: RunConfig, model: Harmony) -> Branch:
@@ -34,9 +37,6 @@ def _complete(model: Harmony) -> bool:
     return not joint or teacher.image.contrastive_projection is not None
 
 
-METRICS, ABOUT = "metrics.json", "metrics.about.json"
-
-
 def known_metrics(path: Path) -> dict[str, Any]:
     """What earlier calls wrote into a file of `METRICS` or `ABOUT`; a damaged file counts as empty."""
     try:
@@ -50,12 +50,7 @@ def keep_metrics(folder: Path, metrics: dict[str, Any], about: dict[str, Any]) -
     """Put the metrics of some tasks, and what they are of, beside those of other tasks. Raises UserError."""
     for name, content in ((METRICS, metrics), (ABOUT, about)):
         file = folder / name
-        temporary = file.with_name(name + ".tmp")
-        try:
-            temporary.write_text(json.dumps({**known_metrics(file), **content}, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(file)
-        except OSError as error:
-            raise UserError(f"{file}: cannot be written: {error.strerror}") from None
+        replace_text(file, json.dumps({**known_metrics(file), **content}, indent=1) + "\n")
 
 
 def about(config: RunConfig, checkpoint: str, branch: str) -> dict[str, str]:

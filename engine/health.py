@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import RunConfig
+from .disk import replace_text
 from .errors import StartAgain, UserError
 
 ROLLBACKS = "rollbacks.json"
@@ -70,8 +71,8 @@ class Divergence:
         done = self._rollbacks
         if self._config.on_divergence == "rollback" and can_go_back:
             if len(done) < self._config.max_rollbacks:
-                path = self._config.run_dir / ROLLBACKS  # every rank writes the same
-                path.write_text(json.dumps([*done, step]))
+                # Every rank writes the same, and may be killed while it does: the first one ends the others.
+                replace_text(self._config.run_dir / ROLLBACKS, json.dumps([*done, step]))
                 raise StartAgain(f"{what}; going back to the last checkpoint, with the data in another order")
             what += f" after {len(done)} rollbacks"
         raise UserError(f"{what}; its samples, losses and gradient norms are in {reports}")

@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .disk import replace_text
+
 SHORT = {
     "contrastive": "clip",
     "self_distillation": "ibot",
@@ -112,9 +114,7 @@ def _cut(path: Path, done: int) -> None:
         with suppress(ValueError, KeyError, TypeError):  # damaged
             if json.loads(line)["step"] <= done:
                 kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    replace_text(path, "".join(kept))
 
 
 def _minutes(seconds: float) -> str:

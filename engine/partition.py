@@ -24,7 +24,7 @@ class Shard:
     """A run of fp32 master weights on this rank."""
 
     group: dict[str, Any]
-    """Settings of its parameter group (see `zero.parameter_groups`)"""
+    """Settings of its parameter group (see `optimizer.parameter_groups`)"""
     parameters: list[nn.Parameter]
     """Those it is of, in its order"""
     state_key: Tensor

@@ -13,10 +13,11 @@ from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple
 
-from .config import RunConfig, dotted, parse_config, plain
+from .config import RunConfig, parse_config, plain
 from .errors import UserError
 from .live_bytes import GRADIENTS
 from .memory import TAUGHT, Device, Memory, Passes, memory_of
+from .nested import dotted
 from .rates import Rates
 from .scaling import sent_bytes
 from .walks import Walks
@@ -120,10 +121,8 @@ class Planner:
         """device: whose memory it is. keep: keys whose value is the configuration's. report: told how many of the first
         passes are done. Raises UserError if the ranks cannot share the batch.
         """
-        if config.data.batch_size % ranks:
-            raise UserError(f"data.batch_size {config.data.batch_size} cannot be divided among {ranks} ranks")
         self.config, self.ranks, self.rates, self.device, self._report = config, ranks, rates, device, report
-        self._own = config.data.batch_size // ranks
+        self._own = config.data.samples_per_rank(ranks)
         auto = config.precision == "auto"
         self._precisions = ("bf16", "fp32") if auto and device == "cuda" else ("fp32",) if auto else (config.precision,)
         given = dotted(plain(config)) | {"data.micro_batch_size": config.data.micro_batch_size or self._own}

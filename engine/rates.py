@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .sizes import GIB
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -42,7 +44,7 @@ memory"""
 
 def rates_for(memory: float) -> Rates:
     """Rates to expect of a card with so many bytes: only their ratios matter for which plan is best."""
-    sheet = SHEETS[sum(memory > 2**30 * size for size in (24, 48, 80))]
+    sheet = SHEETS[sum(memory > GIB * size for size in (24, 48, 80))]
     return Rates(
         f"{sheet.name}, by its data sheet", SHARE_REACHED * sheet.flops, SHARE_REACHED * sheet.single,
         0.8 * sheet.memory, sheet.link,

@@ -44,7 +44,6 @@ def take_moments(checkpoint: Path, stage: int, steps: dict[str, int], zero: Zero
     """
     if zero.config.optimizer.states == "8bit":
         raise UserError(f"{checkpoint}: 8-bit optimizer states need the ranks and the stage that saved them")
-    inner = getattr(zero.optimizer, "optimizer", zero.optimizer)
     with _universal(checkpoint, ranks) if stage else contextlib.nullcontext(_replica(checkpoint, zero)) as read:
         for shard in zero.partition.shards():
             names = [zero.names[id(parameter)] for parameter in shard.parameters]
@@ -52,8 +51,8 @@ def take_moments(checkpoint: Path, stage: int, steps: dict[str, int], zero: Zero
             for moment in MOMENTS:
                 whole = [read(name, moment).view(zero.shapes[name]) for name in names]
                 state[moment] = zero.partition.cut(whole, shard).to(shard.master)
-            state["step"] = _step_like(inner, steps[names[0]])
-            inner.state[shard.state_key] = state
+            state["step"] = _step_like(zero.adamw, steps[names[0]])
+            zero.adamw.state[shard.state_key] = state
 
 
 def _replica(checkpoint: Path, zero: Zero) -> ReadMoment:
@@ -91,7 +90,7 @@ def _universal(checkpoint: Path, ranks: Ranks) -> Iterator[ReadMoment]:
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         problem = "" if result.returncode == 0 else (result.stderr.strip().splitlines() or ["no message"])[-1]
     try:
-        if ranks.any(bool(problem)):
+        if problem := ranks.agree(problem):
             raise UserError(f"{checkpoint}: cannot be taken apart for another number of ranks: {problem}")
 
         def read(name: str, moment: str) -> Tensor:

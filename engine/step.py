@@ -11,7 +11,8 @@ from .config import RunConfig
 from .data.views import StepViews
 from .distributed import Ranks
 from .ema import ShardedEma
-from .zero import Scalars, Zero, scalars_at
+from .optimizer import Scalars, scalars_at
+from .zero import Zero
 
 
 class Step(NamedTuple):

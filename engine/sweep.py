@@ -26,7 +26,7 @@ from .config import RunConfig, differences, dump_config, load_config
 from .distributed import LAUNCHER
 from .errors import UserError
 from .evaluate import evaluate_run
-from .evaluated import known_metrics
+from .evaluated import METRICS, known_metrics
 from .sweep_recipes import Budget, settle_budget, under_budget
 from .sweep_results import collect, guessing, write_results
 
@@ -58,7 +58,7 @@ class Trial:
     @property
     def evaluated(self) -> bool:
         """Whether its metrics are there, of its last checkpoint: training takes earlier ones away."""
-        return not self.config.evaluate.data or bool(known_metrics(self.folder / "metrics.json"))
+        return not self.config.evaluate.data or bool(known_metrics(self.folder / METRICS))
 
 
 def run(
@@ -132,7 +132,7 @@ def carry_out(trial: Trial, ranks: int) -> None:
     config, log = trial.folder.with_suffix(".yaml"), trial.folder.with_suffix(".log")
     with log.open("a", encoding="utf-8") as words:
         if not trial.trained:
-            (trial.folder / "metrics.json").unlink(missing_ok=True)
+            (trial.folder / METRICS).unlink(missing_ok=True)
             config.write_text(dump_config(trial.config), encoding="utf-8")
             command = [sys.executable, "-m", "harmony_fast.engine.cli", "train", str(config), "--ranks", str(ranks)]
             alone = {**os.environ, LAUNCHER: str(os.getpid())}  # it ends with this process

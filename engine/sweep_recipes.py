@@ -9,9 +9,10 @@ from typing import Any
 
 from ..harmony.objectives import REGISTRY
 from .cli import ensure_data
-from .config import RunConfig, load_config, merged, parse_config, read_yaml
+from .config import RunConfig, load_config, parse_config
 from .data.beton_set import BetonSet
 from .errors import UserError
+from .nested import merged, read_yaml
 from .shipped import CONFIGS, find_config, nearest_configs, shipped_configs
 
 DEMO = CONFIGS / "demo.yaml"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import UserError
-from .evaluated import known_metrics
+from .evaluated import METRICS, known_metrics
 from .report.curves import read_log
 from .report.metrics import by_task, random_levels
 from .report.samples import HeldOut
@@ -66,7 +66,7 @@ def collect(
 
 def _measured(trial: Trial) -> Found:
     """Metrics and last logged losses of one run."""
-    tasks = by_task(known_metrics(trial.folder / "metrics.json"))
+    tasks = by_task(known_metrics(trial.folder / METRICS))
     log = read_log(trial.folder / "log.jsonl")
     losses = {k: v for k, v in (log[-1] if log else {}).items() if k == "loss" or k.startswith("loss/")}
     metrics = {f"{task}/{name}": value for task, values in tasks.items() for name, value in values.items()}

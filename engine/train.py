@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from .config import RunConfig, differences, dump_config, load_config
 from .data.batch import RawBatch
 from .data.open_loader import AnyLoader, open_loader
 from .data.views import StepViews
-from .disk import alone_in
+from .disk import alone_in, replace_text
 from .distributed import Ranks, join
 from .ema import ShardedEma
 from .errors import UserError
@@ -37,8 +37,9 @@ from .zero import Zero, deepspeed_config
 # Keys that may change when a run goes on: they do not touch what is computed.
 FREE_KEYS = (
     "run_dir", "max_steps", "max_time", "keep_every", "max_skipped_steps", "on_divergence", "max_rollbacks", "watchdog",
-    "watchdog_seconds", "memory", "log_every", "checkpoint_every", "keep_checkpoints", "data.workers", "evaluate",
-    "pass", "zero.", "deepspeed", "tf32", "compile", "activation_checkpointing.", "data.micro_batch_size", "kernels.",
+    "watchdog_seconds", "memory", "log_every", "checkpoint_every", "keep_checkpoints", "data.workers", "data.reading",
+    "data.cache_", "data.micro_batch_size", "evaluate", "pass", "zero.", "deepspeed", "tf32", "compile", "kernels.",
+    "activation_checkpointing.",
 )  # fmt: skip
 LAST_MOMENTS = 5.0
 """Seconds in which a process that was killed is gone"""
@@ -61,6 +62,7 @@ def train(config: RunConfig) -> None:
 def run(settled: Settled, ranks: Ranks, stop: StopRequest) -> None:
     """From the newest checkpoint, if there is one, to the end."""
     config = settled.config
+    micro_batches = count_micro_batches(config, ranks)
     use_backends(config, ranks.device)
     torch.manual_seed(config.seed)  # initial weights only: all later draws are counter-based
     with run_folder(config, ranks), open_loader(config, ranks) as loader:
@@ -80,10 +82,9 @@ def run(settled: Settled, ranks: Ranks, stop: StopRequest) -> None:
         log.say(f"resumed at step {done} of {last}" if saved else describe(config, model, loader, ranks))
         greet(log, settled, damaged)
 
-        micro_batches = count_micro_batches(config, ranks)
         divergence, numbers = Divergence(config, progress), Numbers(settled, log, done, ranks)
         model.train()
-        with Watchdog(config.run_dir, ranks.rank, config.watchdog, config.watchdog_seconds) as watchdog:
+        with closing(log), Watchdog(config.run_dir, ranks.rank, config.watchdog, config.watchdog_seconds) as watchdog:
             for clock, batch in batches(config, loader, done, last):
                 views = StepViews(config, batch, clock, ranks.device, micro_batches)
 
@@ -115,7 +116,6 @@ def run(settled: Settled, ranks: Ranks, stop: StopRequest) -> None:
                     break
             with watchdog.resting():
                 problem = checkpoints.wait()
-        log.close()
         if problem:
             raise UserError(f"step {done} could not be saved: {problem}; make room and start the same command again")
         if done == last and ranks.is_main:
@@ -193,10 +193,8 @@ def run_folder(config: RunConfig, ranks: Ranks) -> Iterator[None]:
             try:
                 config.run_dir.mkdir(parents=True, exist_ok=True)
                 held.enter_context(alone_in(config.run_dir, LAST_MOMENTS))
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text(dump_config(config), encoding="utf-8")
-                temporary.replace(path)
-                (config.run_dir / "deepspeed.json").write_text(generated, encoding="utf-8")
+                replace_text(path, dump_config(config))
+                replace_text(config.run_dir / "deepspeed.json", generated)
             except OSError as error:
                 raise UserError(f"run_dir {config.run_dir}: cannot be written: {error.strerror}") from None
         ranks.barrier()

@@ -24,7 +24,7 @@ class Walks:
 
     def __init__(self, ranks: int, device: Device) -> None:
         self._ranks, self._device = ranks, device
-        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.cores = len(os.sched_getaffinity(0))
         self._others: ProcessPoolExecutor | None = None
         self._warm = False
 

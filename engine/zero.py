@@ -1,12 +1,10 @@
-"""DeepSpeed: parameter groups, precision, sharding, the optimizer step."""
+"""DeepSpeed: precision, sharding, the passes and the optimizer step."""
 
 from __future__ import annotations
 
-import fcntl
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,69 +14,22 @@ from torch import Tensor, nn
 
 from ..harmony.model import Harmony
 from ..harmony.objectives.base import Center
-from ..harmony.schedules import Clock, warmup_cosine
-from ..harmony.teacher import twins
+from ..harmony.schedules import Clock
 from .config import RunConfig
-from .config import merged as merge
 from .distributed import Ranks
 from .errors import UserError
 from .half_on_cpu import products_for
+from .nested import merged
+from .optimizer import Scalars, build_optimizer, parameter_groups
 from .partition import PARTITIONS
 
 if TYPE_CHECKING:
     from .snapshots import Writer
 
 T = TypeVar("T")
-
-
-@dataclass
-class Scalars:
-    """The optimizer's scalars of one step."""
-
-    lr: float
-    weight_decay: float
-    ema_momentum: float
-
-
-def scalars_at(config: RunConfig, clock: Clock) -> Scalars:
-    """Learning rate (warm-up, cosine; scaled by batch / 256), weight decay and EMA momentum (cosines) at this step."""
-    c, total = config.optimizer, clock.total
-    scale = config.data.batch_size / 256
-    warmup = round(c.warmup_epochs * clock.steps_per_epoch)
-    return Scalars(
-        warmup_cosine(clock.step, c.lr * scale, c.min_lr, total, warmup),
-        warmup_cosine(clock.step, c.weight_decay, c.weight_decay_end, total),
-        warmup_cosine(clock.step, c.ema_momentum, c.ema_momentum_end, total),
-    )
-
-
-def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Weight decay is for matrices, embeddings, tokens and the logit scale; not for biases and norms.
-
-    As the authors' code has it: there the scale is a tensor without dimensions, and only one dimension is exempt.
-    """
-    return (parameter.dim() != 1 or parameter.numel() == 1) and not name.endswith(".bias")
-
-
 BUCKET = 2**25
 """Elements of a communication bucket, two of which are held: 128 MiB in bf16. DeepSpeed's default of 5e8 would take a
 gibibyte, even on one GPU"""
-
-
-def parameter_groups(model: Harmony) -> list[dict[str, Any]]:
-    """Trainable parameters by (has a twin, is decayed, epochs frozen): each group is one flat buffer of its own.
-
-    Parameters with a twin must be apart, so that the EMA shard is the group's shard and nothing else.
-    """
-    twinned = {id(student) for _, student in twins(model.teacher, model.student)}
-    frozen = {id(p): epochs for parameters, epochs in model.frozen_parameters() for p in parameters}
-    groups: dict[tuple, dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            key = (id(parameter) in twinned, is_decayed(name, parameter), frozen.get(id(parameter), 0))
-            new = {"params": [], "twin": key[0], "decayed": key[1], "frozen_epochs": key[2]}
-            groups.setdefault(key, new)["params"].append(parameter)
-    return list(groups.values())
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -94,7 +45,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     if config.zero.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     generated = {
-        "train_micro_batch_size_per_gpu": config.data.micro_batch_size or config.data.batch_size // world_size,
+        "train_micro_batch_size_per_gpu": config.data.micro_batch_size or config.data.samples_per_rank(world_size),
         "gradient_accumulation_steps": 1,  # engine/accumulate.py says which backward pass is the last
         # With offload and in stage 3 DeepSpeed would take along only the gradients of that last pass; in this mode it
         # takes all that were added up when the step comes.
@@ -107,13 +58,13 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "fp16": {"enabled": config.precision == "fp16", "initial_scale_power": 16},
         "steps_per_print": 2**31,
     }
-    merged = merge(generated, config.deepspeed)
-    if merged["zero_optimization"].get("overlap_comm") and not _may_overlap(config, world_size):
+    settings = merged(generated, config.deepspeed)
+    if settings["zero_optimization"].get("overlap_comm") and not _may_overlap(config, world_size):
         raise UserError(
             "deepspeed.zero_optimization.overlap_comm: in zero.stage 1 DeepSpeed adds up wrong gradients with it where "
             "a step has several backward passes (micro-batches, pass: split), and refuses it with offload; use stage 2"
         )
-    return merged
+    return settings
 
 
 def _may_overlap(config: RunConfig, world_size: int) -> bool:
@@ -122,41 +73,9 @@ def _may_overlap(config: RunConfig, world_size: int) -> bool:
     In stage 1 DeepSpeed 0.19.8 gives wrong gradients with it where a step has several: losses were off by 4 % after
     four steps of the layout "split" in tests/engine/test_zero.py. With offload it refuses it by itself.
     """
-    size = config.data.batch_size // world_size
+    size = config.data.samples_per_rank(world_size)
     once = config.pass_mode == "packed" and config.data.micro_batch_size in (None, size)
     return config.zero.stage > 1 or (once and not config.zero.offload_optimizer)
-
-
-def build_optimizer(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """AdamW in the form that the configuration asks for; learning rate and decay are set before every step."""
-    c = config.optimizer
-    options: dict[str, Any] = {"lr": 0.0, "betas": c.betas, "eps": c.eps}
-    if c.states == "8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(groups, **options)
-    if config.zero.offload_optimizer:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        compile_cpu_adam()
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    return torch.optim.AdamW(groups, fused=True, **options)
-
-
-def compile_cpu_adam() -> None:
-    """Compile DeepSpeed's host optimizer where that has not been done (about 30 s), one process at a time.
-
-    torch marks a build under way with a file that stays for ever, and is waited for, if the process is killed; a lock
-    on another file ends with its holder, so whoever has that one may take the stale mark away.
-    """
-    from deepspeed.ops.op_builder import CPUAdamBuilder
-    from torch.utils.cpp_extension import _get_build_directory
-
-    folder = Path(_get_build_directory(CPUAdamBuilder.NAME, verbose=False))
-    with (folder / "harmony-fast.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / "lock").unlink(missing_ok=True)
-        CPUAdamBuilder().load(verbose=False)
 
 
 class Zero:
@@ -267,11 +186,15 @@ class Zero:
             for parameter, value in zip(shard.parameters, self.partition.whole(shard.master, shard), strict=True)
         }
 
+    @property
+    def adamw(self) -> torch.optim.Optimizer:
+        """What `build_optimizer` made, inside DeepSpeed's own; in stage 0 with fp32 there is nothing around it."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
     def step_counts(self) -> dict[str, int]:
         """AdamW's count of the steps of each parameter."""
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
         return {
-            self.names[id(parameter)]: int(inner.state.get(shard.state_key, {}).get("step", 0))
+            self.names[id(parameter)]: int(self.adamw.state.get(shard.state_key, {}).get("step", 0))
             for shard in self.partition.shards()
             for parameter in shard.parameters
         }
@@ -324,11 +247,10 @@ class Zero:
 
     def _forget_thawed(self, clock: Clock) -> None:
         """A group that thaws starts like new: while frozen, AdamW has counted its steps and gathered moments."""
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
         for shard in self.partition.shards():
             frozen = shard.group["frozen_epochs"]
             if frozen and clock.step == frozen * clock.steps_per_epoch:
-                inner.state.pop(shard.state_key, None)
+                self.adamw.state.pop(shard.state_key, None)
 
     def _bounds(self) -> list[tuple[list[Tensor], float]]:
         """Every place where a bounded parameter is kept on this rank, with its bound."""

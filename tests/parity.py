@@ -25,7 +25,8 @@ from harmony_fast.engine.authors import our_name
 from harmony_fast.engine.config import RunConfig, parse_config
 from harmony_fast.engine.distributed import Ranks, join
 from harmony_fast.engine.ema import ShardedEma
-from harmony_fast.engine.zero import Zero, is_decayed, scalars_at
+from harmony_fast.engine.optimizer import is_decayed, scalars_at
+from harmony_fast.engine.zero import Zero
 from harmony_fast.harmony.model import Harmony, StepOutput
 from harmony_fast.harmony.objectives import Collectives
 from harmony_fast.harmony.objectives.base import Center

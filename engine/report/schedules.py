@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...harmony.schedules import Clock
 from ...harmony.views import View, pixel_ratio
-from ..zero import scalars_at
+from ..optimizer import scalars_at
 from .curves import Series, series
 from .run import Run
 

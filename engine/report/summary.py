@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from ..config import dotted, dump_config
+from ..config import dump_config
+from ..nested import dotted
 from .curves import number, objective_name, series
 from .markup import Child, Markup, foreign, run_name, tag
 from .run import Run

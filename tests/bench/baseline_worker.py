@@ -11,7 +11,8 @@ from harmony_fast.engine.accumulate import accumulate
 from harmony_fast.engine.config import parse_config
 from harmony_fast.engine.distributed import join, leave
 from harmony_fast.engine.ema import ShardedEma
-from harmony_fast.engine.zero import Zero, scalars_at
+from harmony_fast.engine.optimizer import scalars_at
+from harmony_fast.engine.zero import Zero
 from harmony_fast.harmony.schedules import Clock
 from test_baseline import both, views_of
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 from commands import COMMAND, ROOT, call
-from harmony_fast.engine.config import dotted, load_config, plain
+from harmony_fast.engine.config import load_config, plain
 from harmony_fast.engine.data.prepare import prepare
+from harmony_fast.engine.nested import dotted
 from steps import config
 
 pytestmark = pytest.mark.timeout(600)

@@ -35,6 +35,9 @@ def test_committed_configurations_are_valid_and_survive_a_round_trip(path: Path,
     ("model.image.heads=5", "width 32 is not divisible by heads 5"),
     ("evaluate.templates=[photo]", "'photo' has no {} for the class name"),
     ("objectives=3", "'objectives'"),
+    ("max_time=[]", "'max_time': input should be a valid string, or input should be a valid integer (given: [])"),
+    ("data.train=5", "c.yaml: 'data.train': input is not a valid path"),
+    ("evaluate.neighbours=[1, -2]", "'evaluate.neighbours.1': input should be greater than 0 (given: -2)"),
     ("epochs", "'epochs' is not of the form key=value"),
 ])  # fmt: skip
 def test_mistakes_are_named(tiny: dict, tmp_path: Path, override: str, message: str) -> None:
@@ -46,7 +49,9 @@ def test_mistakes_are_named(tiny: dict, tmp_path: Path, override: str, message: 
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["a: [1,", "- 1\n- 2", "!!python/object/apply:os.system ['true']", "\x00", ""])
+@pytest.mark.parametrize(
+    "text", ["a: [1,", "- 1\n- 2", "!!python/object/apply:os.system ['true']", "\x00", "", "a: !!int b"]
+)
 def test_what_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
@@ -66,6 +71,24 @@ def test_overrides_reach_their_places(tiny: dict, tmp_path: Path) -> None:
     assert config.optimizer.lr == 1e-3
     assert "reconstruction" not in config.objectives.active()
     assert (config.views.local_crops, config.seed) == (0, 7)
+
+
+def test_a_date_is_a_name(tiny: dict, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(tiny) + "run_dir: 2026-02-31\n")
+    assert load_config(path).run_dir == Path("2026-02-31")
+    config = load_config(path, ["run_dir=2026-02-28"])
+    assert config.run_dir == Path("2026-02-28")
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
+def test_a_batch_is_shared_equally(tiny: dict) -> None:
+    data = parse_config({**tiny, "data": {**tiny["data"], "batch_size": 8}}, "test").data
+    assert data.samples_per_rank(2) == 4
+    for ranks in (3, 16):
+        with pytest.raises(UserError, match=f"data.batch_size 8 cannot be divided among {ranks} ranks"):
+            data.samples_per_rank(ranks)
 
 
 def test_no_objective_is_refused(tiny: dict) -> None:

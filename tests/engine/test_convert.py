@@ -341,7 +341,9 @@ def test_a_folder_in_use_and_a_missing_file_are_refused(golden: Weights, tmp_pat
     with pytest.raises(UserError, match="is there already and not empty"):
         to_run([path], tmp_path, HEADS)
     assert "no such file" in refusal([tmp_path / "nowhere.pth"], tmp_path / "run")
-    with pytest.raises(UserError, match="not a run folder with a checkpoint"):
+    with pytest.raises(UserError, match=r"a\.pth/run: cannot be written"):
+        to_run([path], path / "run", HEADS)
+    with pytest.raises(UserError, match="not a run folder"):
         from_run(tmp_path, tmp_path / "out.pth")
 
 
@@ -511,5 +513,8 @@ def test_the_command_line(golden: Weights, tmp_path: Path) -> None:
     assert (run / "checkpoints" / "latest").read_text() == "step-00000012"
     assert runner.invoke(app, ["convert", str(run), str(out)]).exit_code == 0
     assert_same(golden, torch.load(out, weights_only=True))
+    for more in (["other.pth"], ["seed=3"], ["--heads", "3"], ["--step", "1"]):
+        refused = runner.invoke(app, ["convert", str(run), str(out), *more])
+        assert isinstance(refused.exception, UserError) and "takes nothing else" in str(refused.exception)
     alone = runner.invoke(app, ["convert", str(path)])
     assert isinstance(alone.exception, UserError) and "say what from and what to" in str(alone.exception)

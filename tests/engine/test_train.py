@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from commands import ENVIRONMENT, log, losses, newest, run, start
-from harmony_fast.engine.distributed import first_host
+from harmony_fast.engine.distributed import _read_slurm, first_host, most_tasks
 from safetensors.torch import load_file
 
 STEPS = 7
@@ -46,8 +46,9 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
 
 
 def test_an_interrupted_run_goes_on_with_the_same_losses(config: Path, undisturbed: Path, tmp_path: Path) -> None:
-    for stop in (2, 4, STEPS):  # inside an epoch, at the first step of one, at the end
-        run("train", config, f"run_dir={tmp_path / 'run'}", f"max_steps={stop}")
+    # Inside an epoch, at the first step of one, at the end; how the file is read makes no difference.
+    for stop, reading in ((2, "auto"), (4, "direct"), (STEPS, "page_cache")):
+        run("train", config, f"run_dir={tmp_path / 'run'}", f"max_steps={stop}", f"data.reading={reading}")
     assert losses(tmp_path / "run") == losses(undisturbed)
     ours, theirs = (load_file(newest(r) / "weights.safetensors") for r in (tmp_path / "run", undisturbed))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -130,6 +131,22 @@ def test_ranks_of_a_launcher_join_each_other(config: Path, undisturbed: Path, tm
 ])  # fmt: skip
 def test_slurms_first_host(hosts: str, first: str) -> None:
     assert first_host(hosts) == first
+
+
+@pytest.mark.parametrize(("tasks", "most"), [("8", 8), ("8(x2)", 8), ("4(x2),3", 4), ("1,12(x3),2", 12)])
+def test_slurms_tasks_of_a_node(tasks: str, most: int) -> None:
+    assert most_tasks(tasks) == most
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "3"), (1, "0"), (4, "3")])
+def test_a_task_of_slurm_uses_the_gpu_that_it_sees(monkeypatch: pytest.MonkeyPatch, gpus: int, device: str) -> None:
+    said = {"SLURM_PROCID": "7", "SLURM_LOCALID": "3", "SLURM_STEP_NUM_TASKS": "8"}
+    said["SLURM_STEP_TASKS_PER_NODE"] = "4(x2)"
+    monkeypatch.setattr("os.environ", said)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    _read_slurm()
+    assert (said["RANK"], said["WORLD_SIZE"], said["LOCAL_RANK"]) == ("7", "8", device)
+    assert said["LOCAL_WORLD_SIZE"] == "4"
 
 
 def test_a_rank_that_dies_ends_the_run(config: Path, tmp_path: Path) -> None:

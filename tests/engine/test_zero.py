@@ -232,6 +232,7 @@ def test_bytes_are_those_of_the_formulas(
         ({"zero__offload_optimizer": True, "optimizer__clip": "parameter"}, "cannot be used with"),
         ({"zero__stage": 0, "precision": "fp16"}, "loss scaling"),
         ({"zero__stage": 3, "compile": True}, "compile needs zero.stage"),
+        ({"deepspeed": {"zero_optimization": 3}}, "deepspeed.zero_optimization must be keys and values"),
     ],
 )
 def test_combinations_that_cannot_work_are_refused_with_the_reason(over: dict[str, Any], message: str) -> None:

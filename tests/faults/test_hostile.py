@@ -15,8 +15,9 @@ from commands import newest, run
 from counting import Faults
 from harmony_fast.engine.checkpoint import load_run
 from harmony_fast.engine.checkpoint_folder import damage, describe
-from harmony_fast.engine.config import RunConfig, dotted, load_config, parse_config, plain
+from harmony_fast.engine.config import RunConfig, load_config, parse_config, plain
 from harmony_fast.engine.errors import UserError
+from harmony_fast.engine.nested import dotted
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config

@@ -8,7 +8,7 @@ import pytest
 import torch
 from harmony_fast.engine.build import build_model
 from harmony_fast.engine.config import REFERENCE_COMPAT, RunConfig, parse_config
-from harmony_fast.engine.zero import parameter_groups
+from harmony_fast.engine.optimizer import parameter_groups
 from harmony_fast.harmony.model import Harmony
 from harmony_fast.harmony.objectives import Collectives
 from harmony_fast.harmony.schedules import Clock
