@@ -119,7 +119,8 @@ def measure_case(
         found |= {"samples_per_second": per_second, "flops_per_sample": flops, "mfu": flops * per_second / rate}
     return {
         "kind": kind, "tower": tower, "micro": micro, "precision": precision,
-        "objectives": [*config.objectives.active()], "micro_batch": config.data.micro_batch_size, "caption_tokens": float(views.lengths.float().mean()),
+        "micro_batch": config.data.micro_batch_size, "objectives": [*config.objectives.active()],
+        "caption_tokens": float(views.lengths.float().mean()),
         "product_rate": rate, "in_turn": in_turn is not None, "results": results, "not_run": not_run,
         **compared(kind, precision, device, results),
     }  # fmt: skip

@@ -1,8 +1,8 @@
 """A rival of `harmony-fast bench step` in a process of its own, which takes steps when it is asked to.
 
 One heap for all would not do: what one rival leaves in it makes page faults in the next one's steps, a quarter of their
-time on a CPU. All have malloc keep its pages, as `harmony-fast train` does. Where they would not fit beside each other a
-rival gives back between its turns what it does not hold, and a turn begins with a step that is not timed.
+time on a CPU. All have malloc keep its pages, as `harmony-fast train` does. Where they would not fit beside each other,
+a rival gives back between its turns what it does not hold, and a turn begins with a step that is not timed.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class Block(nn.Module):
 
     For the backward pass it keeps 10 D numbers of each token: its input D, q, k and v 3 D, what attention gives D, the
     stream after attention D, the MLP's hidden layer 4 D; and in fp32 the mean and deviation of either norm, and
-    attention's log-sum-exp, one per head. What norms and the GELU give is computed again (`recompute`), which saves 6 D.
+    attention's log-sum-exp, one per head. What norms and the GELU give, 6 D, is computed again (`recompute`).
     Checkpointed, its input alone: D.
     """
 

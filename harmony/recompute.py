@@ -1,6 +1,6 @@
 """Activations that are computed again in the backward pass instead of being kept.
 
-Always: what is cheap to compute, the inputs of linear layers that come from a norm or an activation function (`Linear`).
+Always: what is cheap to compute, inputs of linear layers that come from a norm or an activation function (`Linear`).
 Where asked for: whole blocks, which keep their input alone (activation checkpointing, Chen et al. 2016).
 """
 

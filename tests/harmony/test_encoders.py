@@ -61,8 +61,9 @@ def test_text_encoder_is_open_clips() -> None:
     torch.manual_seed(1)
     ours = TextEncoder(TEXT, embed_dim=16).double()
     theirs = open_clip.transformer.TextTransformer(
-        context_length=12, vocab_size=51, width=32, heads=2, layers=2, output_dim=16, act_layer=open_clip.transformer.QuickGELU
-    ).double()
+        context_length=12, vocab_size=51, width=32, heads=2, layers=2, output_dim=16,
+        act_layer=open_clip.transformer.QuickGELU,
+    ).double()  # fmt: skip
     missing = theirs.load_state_dict(ours.state_dict(), strict=False)
     assert not missing.missing_keys and not missing.unexpected_keys
     tokens = captions([2, 12, 7, 5, 3])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu, "double": lambda x: 2 * x}
 
 
-@given(st.integers(1, 9), st.integers(1, 8), st.integers(1, 8), st.sampled_from([*FUNCTIONS]), st.sets(st.integers(0, 2)))
+@given(*[st.integers(1, 9)] * 3, st.sampled_from([*FUNCTIONS]), st.sets(st.integers(0, 2)))
 def test_gradients_are_those_of_a_plain_layer(rows: int, width: int, out: int, name: str, frozen: set[int]) -> None:
     """Also where some of input, weight and bias have no gradient."""
     torch.manual_seed(rows * width * out)
