@@ -30,6 +30,8 @@ from .share import Share
 
 OVERLAP = 1 / 3
 """Of neighbouring windows of a test image."""
+WARMUP = 0.1 + 1e-6
+"""Share of the steps in which the learning rate rises: a tenth, and a hair, as OneCycleLR divides by (0.1 x steps - 1)."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def train_head(
     batch = min(settings.batch_size, len(train))
     steps = settings.epochs * (len(train) // batch)
     optimizer = torch.optim.AdamW(head.parameters(), settings.lr, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, max(steps, 2), pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, max(steps, 2), pct_start=WARMUP)
     shown = share.is_main and Console(stderr=True).is_terminal
     crops = _crops(train, labels, config, size, batch, share)
     console = Console(stderr=True)

@@ -112,7 +112,7 @@ def test_segmentation_learns_two_colours(run: Path, scenes: Path) -> None:
     assert found["miou"] > 0.8 and found["pixel_accuracy"] > 0.9
     assert found == evaluate_run(run, ["segmentation"], settings)["segmentation"]  # nothing depends on chance
     (scenes / "objectInfo150.txt").touch()  # then the background is known not to count, and there are 150 classes
-    settings[-1] = "evaluate.segmentation.epochs=1"
+    settings[3:] = ["evaluate.segmentation.epochs=10", "evaluate.segmentation.batch_size=8"]  # ten steps
     assert evaluate_run(run, ["segmentation"], settings)["segmentation"].keys() == found.keys()
 
 
