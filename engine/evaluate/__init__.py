@@ -116,8 +116,7 @@ class Evaluation:
         return self._extract("bank")
 
     def _extract(self, key: str) -> Features:
-        pictures = self.pictures(key)
-        return extract(self.towers, pictures, self.config, self._blocks, self.share, self.share.is_main)
+        return extract(self.towers, self.pictures(key), self.config, self._blocks, self.share)
 
     @cached_property
     def embed(self) -> Callable[[list[str]], torch.Tensor]:
@@ -195,7 +194,8 @@ def run_linear(work: Evaluation) -> dict[str, Any]:
     """A linear probe, trained on the bank."""
     known, asked = work.labelled("linear")
     settings, device = work.config.evaluate.linear, work.image.cls_token.device
-    return linear(inputs(work.bank, settings), known, inputs(work.data, settings), asked, settings, device)
+    bank, data = inputs(work.bank, settings), inputs(work.data, settings)
+    return linear(bank, known, data, asked, settings, device, work.share)
 
 
 def run_few_shot(work: Evaluation) -> dict[str, Any]:

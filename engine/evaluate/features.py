@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
@@ -26,7 +24,7 @@ from ..data.labelled import LabelledSample
 from ..data.pictures import LeftOut, Picture, PictureSet, decoded
 from ..data.tokens import tokenizer_options
 from ..errors import DataError, UserError
-from .share import ALONE, Share
+from .share import Share
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
@@ -92,10 +90,8 @@ def pixels(image: Image.Image, config: RunConfig) -> Tensor:
     return normalised(TF.center_crop(resized(image, size), [size, size]), config)
 
 
-def extract(
-    towers: Towers, pictures: PictureSet, config: RunConfig, blocks: int = 1, share: Share = ALONE, shown: bool = True
-) -> Features:
-    """The features of a set; on several ranks each encodes its share, and all get everything.
+def extract(towers: Towers, pictures: PictureSet, config: RunConfig, blocks: int, share: Share) -> Features:
+    """The features of a set, of so many last blocks; on several ranks each encodes its share, and all get everything.
 
     What cannot be decoded is left out, with a line that names it. Raises UserError where nothing is left, or features
     are not finite; DataError where the set cannot be read.
@@ -108,7 +104,7 @@ def extract(
         share.of(pictures.read()), lambda image: pixels(image, config), config.evaluate.workers, left_out
     )  # fmt: skip
     total = None if pictures.count is None else share.count(pictures.count)
-    batches = in_batches(_shown(stream, f"reading {pictures.name}", total, shown), config.evaluate.batch_size)
+    batches = in_batches(share.shown(stream, f"reading {pictures.name}", total), config.evaluate.batch_size)
     encoded = list(_encoded(encoder, batches, blocks))
     found = [picture for batch, *_ in encoded for picture in batch]
     tokens = torch.cat([e[1] for e in encoded]) if encoded else torch.empty(0, blocks, config.model.image.width)
@@ -149,14 +145,6 @@ def in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
             batch = []
     if batch:
         yield batch
-
-
-def _shown(items: Iterable[Any], what: str, total: int | None, shown: bool) -> Iterator[Any]:
-    """The items, with a progress bar on a terminal."""
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bar:
-        yield from bar.track(items, total=total, description=what)
 
 
 @torch.inference_mode()

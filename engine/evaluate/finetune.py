@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from ...harmony.image_encoder import ImageEncoder
@@ -32,10 +30,10 @@ def finetune(
 
     Raises UserError where there are too few pictures; DataError, naming the file, where one cannot be decoded.
     """
-    classes = sorted(set(labels))
-    index = {label: i for i, label in enumerate(classes)}
     from timm.utils import random_seed
 
+    classes = sorted(set(labels))
+    index = {label: i for i, label in enumerate(classes)}
     settings, device = config.evaluate.finetune, encoder.cls_token.device
     if len(train) < 2 * share.world_size:
         raise UserError(f"finetune needs at least {2 * share.world_size} labelled samples, there are {len(train)}")
@@ -70,10 +68,8 @@ def train_model(
     criterion = SoftTargetCrossEntropy()
     random_seed(SEED, share.rank)
     batches = _batches(train, truth, config, batch, per_epoch, share)
-    shown = share.is_main and Console(stderr=True).is_terminal
     model.train()
-    bar = track(batches, "finetuning", steps, console=Console(stderr=True), disable=not shown)
-    for step, (images, labels) in enumerate(bar, 1):
+    for step, (images, labels) in enumerate(share.shown(batches, "finetuning", steps), 1):
         images, targets = mix(images.to(device), labels.to(device))
         loss = criterion(model(images), targets)
         optimizer.zero_grad()
