@@ -16,7 +16,7 @@ from ..config import RunConfig, with_overrides
 from ..data.labelled import LabelledSample
 from ..data.pictures import PictureSet, Reading, open_pictures
 from ..errors import UserError
-from ..evaluated import about, choose_branch, keep_metrics
+from ..evaluated import about, choose_branch, keep_metrics, leaves
 from ..export.metadata import exported_file, load_exported
 from .classes import Labelled, Listed, class_names, labels_of, several_classes
 from .features import Features, Towers, extract, image_embeddings, text_embeddings
@@ -254,15 +254,6 @@ def as_table(metrics: dict[str, Any]) -> Table:
     """For the terminal: fractions in percent, words as they are."""
     table = Table("task", "metric", "%", title="evaluation")
     for task, values in metrics.items():
-        for name, value in _leaves(values):
-            table.add_row(task, name, value if isinstance(value, str) else f"{100 * value:.2f}")
+        for path, value in leaves(values):
+            table.add_row(task, path.replace("/", " "), value if isinstance(value, str) else f"{100 * value:.2f}")
     return table
-
-
-def _leaves(tree: dict[str, Any], path: str = "") -> list[tuple[str, Any]]:
-    """Values of nested mappings with their paths in words."""
-    found: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        name = f"{path} {key}".strip()
-        found += _leaves(value, name) if isinstance(value, dict) else [(name, value)]
-    return found

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from ..config import RunConfig, dump_config
+from ..evaluated import leaves
 from .source import Exported, Source
 
 LEARNING = ("knn", "linear", "few_shot", "finetune", "segmentation")
@@ -100,19 +100,13 @@ def _results(source: Source) -> str:
         of = source.about.get(task, {})
         where = [of.get("data", ""), f"learned from {of['bank']}" if "bank" in of and task in LEARNING else ""]
         where.append(of.get("checkpoint", ""))
-        for name, value in _leaves(found, task):
-            shown = value if isinstance(value, str) else f"{100 * value:.2f}"
+        for path, value in leaves(found, task):
+            name = path.replace("/", " ").replace("_", " ")
+            shown = f"{100 * value:.2f}" if isinstance(value, int | float) else str(value)
             rows.append(f"| {name} | {shown} | {'; '.join(filter(None, where))} |")
     if not rows:
         return "## Results\n\nNot evaluated: `harmony-fast evaluate` writes the numbers that belong here."
     return "## Results\n\nBy `harmony-fast evaluate`, in percent.\n\n| | | on |\n|---|---|---|\n" + "\n".join(rows)
-
-
-def _leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
-    """Numbers and words of nested mappings, with their paths in words."""
-    if isinstance(tree, dict):
-        return [leaf for key, value in tree.items() for leaf in _leaves(value, f"{path} {key}".strip())]
-    return [(path.replace("_", " "), tree)] if isinstance(tree, (int, float, str)) else []
 
 
 def _shareable(source: Source) -> str:
