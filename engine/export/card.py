@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import yaml
@@ -17,12 +18,13 @@ PAPER = "https://arxiv.org/abs/2405.14239"
 
 def model_card(source: Source, form: str, made: Exported, weights: Path) -> str:
     """Markdown with the front matter that model hubs read. weights: where the weights file is going to be."""
-    folder = weights.parent
+    places = {"FOLDER": str(weights.parent), "FILE": str(weights)}
+    usage = re.sub("FOLDER|FILE", lambda word: places[word[0]], made.usage)  # in one pass: a path may hold these words
     parts = [
         _front_matter(source, made),
         f"# {source.name}",
         _what(source, form),
-        "## Use\n\n```python" + made.usage.replace("FOLDER", str(folder)).replace("FILE", str(weights)) + "```",
+        f"## Use\n\n```python{usage}```",
         *(f"Note: {note}" for note in made.notes),
         _preprocessing(source.config),
         _training(source),
