@@ -64,6 +64,11 @@ class Features:
         return len(self.names)
 
     @property
+    def named_labels(self) -> list[tuple[str, dict[str, Any]]]:
+        """Name and labels of each sample."""
+        return list(zip(self.names, self.labels, strict=True))
+
+    @property
     def last(self) -> Tensor:
         """Class tokens of the last block: [n, D]."""
         return self.tokens[:, -1]

@@ -10,12 +10,12 @@ from typing import Any
 
 from ..config import RunConfig
 from ..errors import UserError
-from ..evaluate import labels
+from ..evaluate.classes import class_names
 from ..evaluated import METRICS, leaves
 from .curves import is_number, number
 from .markup import Child, Markup, absent, run_name, tag
 from .run import Run
-from .samples import HeldOut
+from .samples import HeldOut, sample_labels
 from .summary import table
 
 TASK_NAMES = {
@@ -173,11 +173,12 @@ def random_levels(config: RunConfig, held: HeldOut) -> dict[str, float]:
         for direction in ("image_to_text", "text_to_image"):
             levels.update({f"retrieval/{direction}/r{k}": min(k / count, 1.0) for k in (1, 5, 10)})
     with suppress(UserError):
-        classes = len(set(labels(held.queries, evaluate.class_key)))
+        names = class_names(sample_labels(held.queries, evaluate.class_key), evaluate.classes)
+        classes = len(set(names.values()))
         levels.update({f"zero_shot/top{k}": min(k / classes, 1.0) for k in (1, 5, 10)})
         levels["zero_shot/mean_per_class"] = 1 / classes
     with suppress(UserError):
-        groups = labels(held.queries, evaluate.group_key), labels(held.bank, evaluate.group_key)
+        groups = [sample_labels(samples, evaluate.group_key) for samples in (held.queries, held.bank)]
         levels.update({f"{task}/top1": _agreement(*groups) for task in ("knn", "linear", "few_shot", "finetune")})
     return levels
 
