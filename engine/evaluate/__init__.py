@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ..data.pictures import PictureSet, Reading, open_pictures
 from ..errors import UserError
 from ..evaluated import about, choose_branch, keep_metrics, leaves
 from ..export.metadata import exported_file, load_exported
-from .classes import class_names, labels_of, require_several
+from .classes import Labelled, class_names, labels_of, require_several
 from .features import Features, Towers, extract, image_embeddings, text_embeddings
 from .few_shot import few_shot
 from .finetune import finetune
@@ -150,12 +150,8 @@ class Evaluation:
         if not self.config.evaluate.bank:
             raise UserError(f"this run cannot do {task}: evaluate.bank names no labelled samples to learn from")
 
-    def agreeing(
-        self, task: str, bank: list[tuple[str, Mapping[str, Any]]], data: list[tuple[str, Mapping[str, Any]]]
-    ) -> tuple[list[str], list[str]]:
-        """`evaluate.group_key` of two sets, of whose samples name and labels are given.
-
-        Raises UserError where they have none in common, or there is one class.
+    def agreeing(self, task: str, bank: Labelled, data: Labelled) -> tuple[list[str], list[str]]:
+        """`evaluate.group_key` of two sets. Raises UserError where they have no label in common, or there is one class.
         """
         key = self.config.evaluate.group_key
         known, asked = labels_of(bank, key), labels_of(data, key)

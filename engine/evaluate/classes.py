@@ -10,13 +10,12 @@ from typing import Any
 from ..errors import UserError
 
 IMAGENET = "imagenet"
+Labelled = Iterable[tuple[str, Mapping[str, Any]]]
+"""Samples: the name of each, and its labels by key."""
 
 
-def labels_of(samples: Iterable[tuple[str, Mapping[str, Any]]], key: str) -> list[str]:
-    """One label of every sample, as text. samples: the name of each, and its labels by key.
-
-    Raises UserError, naming the sample, where it has no such label.
-    """
+def labels_of(samples: Labelled, key: str) -> list[str]:
+    """One label of every sample, as text. Raises UserError, naming the sample, where it has none."""
     found = []
     for name, known in samples:
         if known.get(key) is None:

@@ -28,7 +28,8 @@ def finetune(
 ) -> dict[str, float]:  # fmt: skip
     """Top-1 and top-5 accuracy after the last epoch. labels: of the pictures in `train`; test_labels: of `test`.
 
-    Raises UserError where there are too few pictures; DataError, naming the file, where one cannot be decoded.
+    Raises UserError where there are too few pictures, or training diverges; DataError, naming the file, where one
+    cannot be decoded.
     """
     from timm.utils import random_seed
 
@@ -46,7 +47,10 @@ def finetune(
 def train_model(
     model: nn.Module, config: RunConfig, train: list[Picture], truth: list[int], classes: int, share: Share
 ) -> None:
-    """AdamW with layer-wise decay along a cosine with warm-up; each rank takes its part of every batch."""
+    """AdamW with layer-wise decay along a cosine with warm-up; each rank takes its part of every batch.
+
+    truth: class numbers of the pictures in `train`. Raises UserError where the weights do not stay finite.
+    """
     from timm.data import Mixup
     from timm.loss import SoftTargetCrossEntropy
     from timm.optim import create_optimizer_v2
@@ -77,6 +81,8 @@ def train_model(
         share.average([p.grad for p in model.parameters() if p.grad is not None])
         optimizer.step()
         schedule.step(step)
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):  # the same on all ranks
+        raise UserError("finetuning diverged: lower evaluate.finetune.lr")
 
 
 def _batches(

@@ -213,7 +213,7 @@ def scores_of(confusion: Tensor) -> dict[str, float]:
     right = confusion.diagonal().double()
     true, found = confusion.sum(1).double(), confusion.sum(0).double()
     if not true.sum():
-        print("no pixel of the masks counts: all are ignored", file=sys.stderr)
+        print("warning: no pixel of the masks of evaluate.data counts (evaluate.segmentation.ignore)", file=sys.stderr)
         return {"miou": 0.0, "pixel_accuracy": 0.0, "mean_accuracy": 0.0}
     union = true + found - right
     return {

@@ -156,6 +156,8 @@ def test_finetuning_learns_two_colours(run: Path, colours: Path) -> None:
     assert evaluate_run(run, ["finetune"], settings)["finetune"]["top1"] > 0.9
     plain = [*settings, "evaluate.finetune.mixup=0", "evaluate.finetune.cutmix=0", "evaluate.finetune.epochs=1"]
     assert evaluate_run(run, ["finetune"], plain)["finetune"].keys() == {"top1", "top5"}
+    with pytest.raises(UserError, match=r"diverged: lower evaluate.finetune.lr"):
+        evaluate_run(run, ["finetune"], [*plain, "evaluate.finetune.lr=1e30", "evaluate.finetune.warmup_epochs=0"])
     (colours / "train" / "red" / "0.png").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"red/0.png: image not readable"):
         evaluate_run(run, ["finetune"], settings)
