@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import UserError
 
 IMAGENET = "imagenet"
+"""What `evaluate.classes` calls open_clip's 1,000 names."""
 Labelled = Iterable[tuple[str, Mapping[str, Any]]]
 """Samples: the name of each, and its labels by key."""
 
@@ -19,7 +20,10 @@ def labels_of(samples: Labelled, key: str) -> list[str]:
     found = []
     for name, known in samples:
         if known.get(key) is None:
-            raise UserError(f"{name} has no label '{key}'; it has: {', '.join(known) or 'none'}")
+            raise UserError(
+                f"{name} has no label '{key}'; it has: {', '.join(known) or 'none'} (evaluate.class_key and "
+                "evaluate.group_key say which is meant)"
+            )
         found.append(str(known[key]))
     return found
 

@@ -97,7 +97,9 @@ def extract(towers: Towers, pictures: PictureSet, config: RunConfig, blocks: int
     """
     encoder = image_tower(towers)
     if blocks > len(encoder.blocks):
-        raise UserError(f"features of {blocks} blocks asked for, the image tower has {len(encoder.blocks)}")
+        raise UserError(
+            f"features of {blocks} blocks asked for, the image tower has {len(encoder.blocks)} (evaluate.linear.blocks)"
+        )
     left_out = LeftOut()
     stream = decoded(share.of(pictures.read()), partial(pixels, config=config), config.evaluate.workers, left_out)
     total = None if pictures.count is None else share.count(pictures.count)
@@ -195,7 +197,8 @@ def _tokenizer(context: int, name: str) -> SimpleTokenizer:
 
 
 def finite(features: Tensor, what: str) -> Tensor:
-    """Comparisons with NaN are all false, which would rank every answer first."""
+    """The same features. Raises UserError where they are not finite: comparisons with NaN are all false, which would
+    rank every answer first."""
     if not features.isfinite().all():
         raise UserError(f"the {what} of this checkpoint are not finite")
     return features

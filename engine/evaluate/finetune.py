@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
 SEED = 0
+"""Of the classifier, mixup and stochastic depth, and with the epoch's number of its order."""
 
 
 def finetune(
@@ -36,8 +37,9 @@ def finetune(
     classes = sorted(set(labels))
     index = {label: i for i, label in enumerate(classes)}
     settings, device = config.evaluate.finetune, encoder.cls_token.device
-    if len(train) < 2 * share.world_size:
-        raise UserError(f"finetune needs at least {2 * share.world_size} labelled samples, there are {len(train)}")
+    least = 2 * share.world_size
+    if len(train) < least:
+        raise UserError(f"finetune needs at least {least} labelled samples in evaluate.bank, there are {len(train)}")
     random_seed(SEED)  # the same classifier on every rank
     model = timm_model(encoder, config, num_classes=len(classes), drop_path_rate=settings.drop_path).to(device)
     train_model(model, config, train, [index[label] for label in labels], len(classes), share)
