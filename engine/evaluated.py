@@ -7,6 +7,7 @@ metrics.about.json   by task: on which data, with which labelled samples to lear
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,15 @@ def known_metrics(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
+
+
+def leaves(metrics: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Numbers and words of nested mappings, each with the keys that lead to it: ("retrieval/image_to_text/r1", 0.5)."""
+    if isinstance(metrics, dict):
+        for key, value in metrics.items():
+            yield from leaves(value, f"{path}/{key}" if path else str(key))
+    else:
+        yield path, metrics
 
 
 def keep_metrics(folder: Path, metrics: dict[str, Any], about: dict[str, Any]) -> None:

@@ -13,12 +13,11 @@ from rich.table import Table
 
 from ..checkpoint import load_run
 from ..config import RunConfig, with_overrides
-from ..data.labelled import LabelledSample
 from ..data.pictures import PictureSet, Reading, open_pictures
 from ..errors import UserError
-from ..evaluated import about, choose_branch, keep_metrics
+from ..evaluated import about, choose_branch, keep_metrics, leaves
 from ..export.metadata import exported_file, load_exported
-from .classes import Labelled, Listed, class_names, labels_of, several_classes
+from .classes import Labelled, class_names, labels_of, require_several
 from .features import Features, Towers, extract, image_embeddings, text_embeddings
 from .few_shot import few_shot
 from .finetune import finetune
@@ -116,8 +115,7 @@ class Evaluation:
         return self._extract("bank")
 
     def _extract(self, key: str) -> Features:
-        pictures = self.pictures(key)
-        return extract(self.towers, pictures, self.config, self._blocks, self.share, self.share.is_main)
+        return extract(self.towers, self.pictures(key), self.config, self._blocks, self.share)
 
     @cached_property
     def embed(self) -> Callable[[list[str]], torch.Tensor]:
@@ -145,7 +143,7 @@ class Evaluation:
     def labelled(self, task: str) -> tuple[list[str], list[str]]:
         """`evaluate.group_key` of the bank and of the data. Raises UserError where there is none, or one class."""
         self.require_bank(task)
-        return self.agreeing(task, self.bank, self.data)
+        return self.agreeing(task, self.bank.named_labels, self.data.named_labels)
 
     def require_bank(self, task: str) -> None:
         """Raises UserError without samples to learn from."""
@@ -153,24 +151,29 @@ class Evaluation:
             raise UserError(f"this run cannot do {task}: evaluate.bank names no labelled samples to learn from")
 
     def agreeing(self, task: str, bank: Labelled, data: Labelled) -> tuple[list[str], list[str]]:
-        """The labels of two sets. Raises UserError where they have none in common, or there is one class."""
+        """`evaluate.group_key` of two sets. Raises UserError where they have no label in common, or there is one class.
+        """
         key = self.config.evaluate.group_key
         known, asked = labels_of(bank, key), labels_of(data, key)
-        several_classes(known, task, key)
+        require_several(known, task, key)
         if not set(known) & set(asked):
             raise UserError(f"no {key} of evaluate.data occurs in evaluate.bank: {asked[0]!r} against {known[0]!r}")
         return known, asked
 
 
 def run_zero_shot(work: Evaluation) -> dict[str, Any]:
-    """Zero-shot over the class names that occur in the samples, or over all that `evaluate.classes` gives."""
+    """Zero-shot over the class names that occur in the samples, or over all that `evaluate.classes` gives.
+
+    Classes of one name are one: ImageNet has two called missile and two called sunglasses; nothing tells them apart.
+    """
     work.require_joint("zero-shot")
     settings = work.config.evaluate
-    labels = labels_of(work.data, settings.class_key)
+    labels = labels_of(work.data.named_labels, settings.class_key)
     by_label = class_names(labels, settings.classes)
-    several_classes(list(by_label), "zero-shot", settings.class_key)
-    weights = class_weights(work.embed, list(by_label.values()), settings.templates)
-    return zero_shot(image_embeddings(work.towers, work.data.last), weights, labels, list(by_label))
+    names = list(dict.fromkeys(by_label.values()))
+    require_several(names, "zero-shot", settings.class_key)
+    weights = class_weights(work.embed, names, settings.templates)
+    return zero_shot(image_embeddings(work.towers, work.data.last), weights, [by_label[x] for x in labels], names)
 
 
 def run_retrieval(work: Evaluation) -> dict[str, Any]:
@@ -195,7 +198,8 @@ def run_linear(work: Evaluation) -> dict[str, Any]:
     """A linear probe, trained on the bank."""
     known, asked = work.labelled("linear")
     settings, device = work.config.evaluate.linear, work.image.cls_token.device
-    return linear(inputs(work.bank, settings), known, inputs(work.data, settings), asked, settings, device)
+    bank, data = inputs(work.bank, settings), inputs(work.data, settings)
+    return linear(bank, known, data, asked, settings, device, work.share)
 
 
 def run_few_shot(work: Evaluation) -> dict[str, Any]:
@@ -208,7 +212,7 @@ def run_finetune(work: Evaluation) -> dict[str, Any]:
     """The whole image tower, trained on the bank. Its files are kept in memory, encoded as they are."""
     work.require_bank("finetune")
     bank, data = (list(work.pictures(key).read()) for key in ("bank", "data"))
-    known, asked = work.agreeing("finetune", Listed.of(bank), Listed.of(data))
+    known, asked = work.agreeing("finetune", *([(p.name, p.labels) for p in pictures] for pictures in (bank, data)))
     return finetune(work.image, work.config, bank, known, data, asked, work.share)
 
 
@@ -235,14 +239,6 @@ QUICK = ("zero-shot", "retrieval", "knn")
 """What runs when no task is named."""
 
 
-def labels(samples: list[LabelledSample], key: str) -> list[str]:
-    """One label of every sample in memory, as text."""
-    for sample in samples:
-        if key not in sample.labels:
-            raise UserError(f"sample {sample.key} has no label '{key}'; it has: {', '.join(sample.labels) or 'none'}")
-    return [str(sample.labels[key]) for sample in samples]
-
-
 def require(sources: list[str], key: str) -> list[str]:
     """The sources, which must be there."""
     if not sources:
@@ -254,15 +250,6 @@ def as_table(metrics: dict[str, Any]) -> Table:
     """For the terminal: fractions in percent, words as they are."""
     table = Table("task", "metric", "%", title="evaluation")
     for task, values in metrics.items():
-        for name, value in _leaves(values):
-            table.add_row(task, name, value if isinstance(value, str) else f"{100 * value:.2f}")
+        for path, value in leaves(values):
+            table.add_row(task, path.replace("/", " "), value if isinstance(value, str) else f"{100 * value:.2f}")
     return table
-
-
-def _leaves(tree: dict[str, Any], path: str = "") -> list[tuple[str, Any]]:
-    """Values of nested mappings with their paths in words."""
-    found: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        name = f"{path} {key}".strip()
-        found += _leaves(value, name) if isinstance(value, dict) else [(name, value)]
-    return found

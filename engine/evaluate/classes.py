@@ -3,56 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from ..data.pictures import Picture
 from ..errors import UserError
 
 IMAGENET = "imagenet"
-
-
-class Labelled(Protocol):
-    """Samples, one name and one mapping of labels each."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Of the samples."""
-
-    @property
-    def labels(self) -> Sequence[Mapping[str, Any]]:
-        """By key."""
-
-
-@dataclass(frozen=True)
-class Listed:
-    """Pictures as `Labelled`."""
-
-    names: list[str]
-    labels: list[Mapping[str, Any]]
-
-    @classmethod
-    def of(cls, pictures: list[Picture]) -> Listed:
-        """Nothing is decoded."""
-        return cls([picture.name for picture in pictures], [picture.labels for picture in pictures])
+"""What `evaluate.classes` calls open_clip's 1,000 names."""
+Labelled = Iterable[tuple[str, Mapping[str, Any]]]
+"""Samples: the name of each, and its labels by key."""
 
 
 def labels_of(samples: Labelled, key: str) -> list[str]:
     """One label of every sample, as text. Raises UserError, naming the sample, where it has none."""
-    for name, known in zip(samples.names, samples.labels, strict=True):
+    found = []
+    for name, known in samples:
         if known.get(key) is None:
-            raise UserError(f"{name} has no label '{key}'; it has: {', '.join(known) or 'none'}")
-    return [str(known[key]) for known in samples.labels]
+            raise UserError(
+                f"{name} has no label '{key}'; it has: {', '.join(known) or 'none'} (evaluate.class_key and "
+                "evaluate.group_key say which is meant)"
+            )
+        found.append(str(known[key]))
+    return found
 
 
-def several_classes(labels: list[str], task: str, key: str) -> list[str]:
-    """The labels that occur, sorted (numbers by value). Raises UserError where there is only one."""
-    classes = in_order(labels)
-    if len(classes) < 2:
-        raise UserError(f"{task} needs at least two classes; all samples have the {key} '{classes[0]}'")
-    return classes
+def require_several(classes: Iterable[str], task: str, key: str) -> None:
+    """Raises UserError where all samples are of one class."""
+    different = set(classes)
+    if len(different) < 2:
+        raise UserError(f"{task} needs at least two classes; all samples have the {key} '{different.pop()}'")
 
 
 def in_order(labels: list[str]) -> list[str]:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from typing import Any
-
 from ..build import count_micro_batches
 from ..config import RunConfig
 from ..distributed import Ranks
-from ..evaluated import choose_branch
+from ..evaluated import choose_branch, leaves
 from ..zero import Zero
 from . import evaluate_towers
 from .share import Share
@@ -32,13 +29,5 @@ def evaluate_now(config: RunConfig, zero: Zero, ranks: Ranks) -> dict[str, float
             found = evaluate_towers(limited, branch, config.evaluate_tasks, Share(ranks.rank, ranks.world_size))
     finally:
         zero.model.train()
-    return {**dict(_flat(found, "evaluate")), "evaluate/seconds": time.perf_counter() - begun}
-
-
-def _flat(found: dict[str, Any], name: str) -> Iterator[tuple[str, float]]:
-    """Nested numbers with their places as names."""
-    for key, value in found.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{name}/{key}")
-        elif isinstance(value, int | float):
-            yield f"{name}/{key}", float(value)
+    numbers = {f"evaluate/{path}": float(value) for path, value in leaves(found) if not isinstance(value, str)}
+    return {**numbers, "evaluate/seconds": time.perf_counter() - begun}

@@ -8,14 +8,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
@@ -26,7 +24,7 @@ from ..data.labelled import LabelledSample
 from ..data.pictures import LeftOut, Picture, PictureSet, decoded
 from ..data.tokens import tokenizer_options
 from ..errors import DataError, UserError
-from .share import ALONE, Share
+from .share import Share
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
@@ -49,8 +47,6 @@ def image_tower(towers: Towers) -> ImageEncoder:
 class Features:
     """A set as the image encoder sees it, with what is known of each sample; on the host, fp32."""
 
-    name: str
-    """Of the set."""
     tokens: Tensor
     """[n, b, D]: class tokens of the last b blocks, each after the final norm; the last block's at the end"""
     patches: Tensor
@@ -59,11 +55,12 @@ class Features:
     captions: list[tuple[str, ...]]
     labels: list[dict[str, Any]]
     own_captions: bool
-    left_out: int
-    """Pictures that could not be decoded."""
+    """See `PictureSet`"""
 
-    def __len__(self) -> int:
-        return len(self.names)
+    @property
+    def named_labels(self) -> list[tuple[str, dict[str, Any]]]:
+        """Name and labels of each sample."""
+        return list(zip(self.names, self.labels, strict=True))
 
     @property
     def last(self) -> Tensor:
@@ -92,51 +89,57 @@ def pixels(image: Image.Image, config: RunConfig) -> Tensor:
     return normalised(TF.center_crop(resized(image, size), [size, size]), config)
 
 
-def extract(
-    towers: Towers, pictures: PictureSet, config: RunConfig, blocks: int = 1, share: Share = ALONE, shown: bool = True
-) -> Features:
-    """The features of a set; on several ranks each encodes its share, and all get everything.
+def extract(towers: Towers, pictures: PictureSet, config: RunConfig, blocks: int, share: Share) -> Features:
+    """The features of a set, of so many last blocks; on several ranks each encodes its share, and all get everything.
 
-    What cannot be decoded is left out, with a line that names it. Raises UserError where nothing is left, or features
-    are not finite; DataError where the set cannot be read.
+    What cannot be decoded is left out, with a line that names it. Raises UserError for more blocks than there are, or
+    features that are not finite; DataError where the set cannot be read, or nothing of it.
     """
     encoder = image_tower(towers)
     if blocks > len(encoder.blocks):
-        raise UserError(f"features of {blocks} blocks asked for, the image tower has {len(encoder.blocks)}")
+        raise UserError(
+            f"features of {blocks} blocks asked for, the image tower has {len(encoder.blocks)} (evaluate.linear.blocks)"
+        )
     left_out = LeftOut()
-    stream = decoded(
-        share.of(pictures.read()), lambda image: pixels(image, config), config.evaluate.workers, left_out
-    )  # fmt: skip
+    stream = decoded(share.of(pictures.read()), partial(pixels, config=config), config.evaluate.workers, left_out)
     total = None if pictures.count is None else share.count(pictures.count)
-    batches = in_batches(_shown(stream, f"reading {pictures.name}", total, shown), config.evaluate.batch_size)
+    batches = in_batches(share.shown(stream, f"reading {pictures.name}", total), config.evaluate.batch_size)
     encoded = list(_encoded(encoder, batches, blocks))
-    found = [picture for batch, *_ in encoded for picture in batch]
-    tokens = torch.cat([e[1] for e in encoded]) if encoded else torch.empty(0, blocks, config.model.image.width)
-    patches = torch.cat([e[2] for e in encoded]) if encoded else torch.empty(0, config.model.image.width)
+    width = config.model.image.width
+    tokens = torch.cat([torch.empty(0, blocks, width), *(e.tokens for e in encoded)])
+    patches = torch.cat([torch.empty(0, width), *(e.patches for e in encoded)])
     for line in left_out.lines():
         print(line, file=sys.stderr)
-    known = share.merged([(picture.name, picture.captions, dict(picture.labels)) for picture in found])
-    missing = sum(share.merged([left_out.reasons.total()]))
+    known = share.merged([known for e in encoded for known in e.known])
     if not known:
         reasons = f" ({left_out.names[0]})" if left_out.names else ""
         raise DataError(f"{pictures.name}: no picture in it is usable{reasons}")
     names, captions, labels = (list(column) for column in zip(*known, strict=True))
-    return Features(
-        pictures.name, finite(share.gathered(tokens), "image features"), share.gathered(patches), names, captions,
-        labels, pictures.own_captions, missing,
-    )  # fmt: skip
+    tokens, patches = finite(share.gathered(tokens), "image features"), share.gathered(patches)
+    return Features(tokens, patches, names, captions, labels, pictures.own_captions)
+
+
+class _Encoded(NamedTuple):
+    """A batch that went through the tower. Its pictures are let go: they may hold their files in memory."""
+
+    known: list[tuple[str, tuple[str, ...], dict[str, Any]]]
+    """Name, captions and labels of each picture"""
+    tokens: Tensor
+    """[B, b, D], on the host"""
+    patches: Tensor
+    """[B, D], on the host"""
 
 
 @torch.inference_mode()
 def _encoded(
     encoder: ImageEncoder, batches: Iterable[list[tuple[Picture, Tensor]]], blocks: int
-) -> Iterator[tuple[list[Picture], Tensor, Tensor]]:
-    """Pictures, class tokens [B, b, D] and mean patch tokens [B, D] of each batch."""
+) -> Iterator[_Encoded]:
     for batch in batches:
         images = torch.stack([image for _, image in batch]).to(encoder.cls_token, non_blocking=True)
         last = encoder.last_blocks(images, blocks)
         tokens = torch.stack([features[:, 0] for features in last], 1).float().cpu()
-        yield [picture for picture, _ in batch], tokens, last[-1][:, 1:].mean(1).float().cpu()
+        known = [(picture.name, picture.captions, dict(picture.labels)) for picture, _ in batch]
+        yield _Encoded(known, tokens, last[-1][:, 1:].mean(1).float().cpu())
 
 
 def in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -149,14 +152,6 @@ def in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
             batch = []
     if batch:
         yield batch
-
-
-def _shown(items: Iterable[Any], what: str, total: int | None, shown: bool) -> Iterator[Any]:
-    """The items, with a progress bar on a terminal."""
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bar:
-        yield from bar.track(items, total=total, description=what)
 
 
 @torch.inference_mode()
@@ -202,7 +197,8 @@ def _tokenizer(context: int, name: str) -> SimpleTokenizer:
 
 
 def finite(features: Tensor, what: str) -> Tensor:
-    """Comparisons with NaN are all false, which would rank every answer first."""
+    """The same features. Raises UserError where they are not finite: comparisons with NaN are all false, which would
+    rank every answer first."""
     if not features.isfinite().all():
         raise UserError(f"the {what} of this checkpoint are not finite")
     return features

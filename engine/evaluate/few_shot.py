@@ -10,6 +10,7 @@ from ..errors import UserError
 from ..evaluate_config import FewShotConfig
 
 ITERATIONS = 500
+"""Of L-BFGS at most; it stops where the gradient is near 0."""
 
 
 def few_shot(

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from ...harmony.image_encoder import ImageEncoder
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
 SEED = 0
+"""Of the classifier, mixup and stochastic depth, and with the epoch's number of its order."""
 
 
 def finetune(
@@ -30,15 +29,17 @@ def finetune(
 ) -> dict[str, float]:  # fmt: skip
     """Top-1 and top-5 accuracy after the last epoch. labels: of the pictures in `train`; test_labels: of `test`.
 
-    Raises UserError where there are too few pictures; DataError, naming the file, where one cannot be decoded.
+    Raises UserError where there are too few pictures, or training diverges; DataError, naming the file, where one
+    cannot be decoded.
     """
-    classes = sorted(set(labels))
-    index = {label: i for i, label in enumerate(classes)}
     from timm.utils import random_seed
 
+    classes = sorted(set(labels))
+    index = {label: i for i, label in enumerate(classes)}
     settings, device = config.evaluate.finetune, encoder.cls_token.device
-    if len(train) < 2 * share.world_size:
-        raise UserError(f"finetune needs at least {2 * share.world_size} labelled samples, there are {len(train)}")
+    least = 2 * share.world_size
+    if len(train) < least:
+        raise UserError(f"finetune needs at least {least} labelled samples in evaluate.bank, there are {len(train)}")
     random_seed(SEED)  # the same classifier on every rank
     model = timm_model(encoder, config, num_classes=len(classes), drop_path_rate=settings.drop_path).to(device)
     train_model(model, config, train, [index[label] for label in labels], len(classes), share)
@@ -48,7 +49,10 @@ def finetune(
 def train_model(
     model: nn.Module, config: RunConfig, train: list[Picture], truth: list[int], classes: int, share: Share
 ) -> None:
-    """AdamW with layer-wise decay along a cosine with warm-up; each rank takes its part of every batch."""
+    """AdamW with layer-wise decay along a cosine with warm-up; each rank takes its part of every batch.
+
+    truth: class numbers of the pictures in `train`. Raises UserError where the weights do not stay finite.
+    """
     from timm.data import Mixup
     from timm.loss import SoftTargetCrossEntropy
     from timm.optim import create_optimizer_v2
@@ -70,10 +74,8 @@ def train_model(
     criterion = SoftTargetCrossEntropy()
     random_seed(SEED, share.rank)
     batches = _batches(train, truth, config, batch, per_epoch, share)
-    shown = share.is_main and Console(stderr=True).is_terminal
     model.train()
-    bar = track(batches, "finetuning", steps, console=Console(stderr=True), disable=not shown)
-    for step, (images, labels) in enumerate(bar, 1):
+    for step, (images, labels) in enumerate(share.shown(batches, "finetuning", steps), 1):
         images, targets = mix(images.to(device), labels.to(device))
         loss = criterion(model(images), targets)
         optimizer.zero_grad()
@@ -81,6 +83,8 @@ def train_model(
         share.average([p.grad for p in model.parameters() if p.grad is not None])
         optimizer.step()
         schedule.step(step)
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):  # the same on all ranks
+        raise UserError("finetuning diverged: lower evaluate.finetune.lr")
 
 
 def _batches(

@@ -6,16 +6,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..evaluate_config import LinearConfig
 from .features import Features
+from .share import ALONE, Share
 
 HELD_OUT = 10
 """One in so many labelled samples is not trained on: it chooses the learning rate."""
+SEED = 0
+"""Of the layers, the batches, and of which samples are held out."""
 
 
 def inputs(features: Features, config: LinearConfig) -> Tensor:
@@ -39,15 +40,15 @@ class Probe:
         return torch.stack([layer(x) for layer in self.layers])
 
 
-def train_probe(x: Tensor, labels: Tensor, classes: int, config: LinearConfig, seed: int = 0) -> Probe:
+def train_probe(x: Tensor, labels: Tensor, classes: int, config: LinearConfig, share: Share = ALONE) -> Probe:
     """One layer per learning rate: SGD with momentum 0.9 along a cosine, all on the same batches.
 
     x: [n, F], standardised first (MAE puts a batch norm there); labels: int64 [n]. The layers share no parameter, so
     each comes out as if trained alone.
     """
     mean, deviation = x.mean(0), x.std(0, correction=0) + 1e-6
-    generator = torch.Generator().manual_seed(seed)
-    layers = nn.ModuleList(_layer(x.shape[1], classes, seed) for _ in config.learning_rates).to(x.device)
+    generator = torch.Generator().manual_seed(SEED)
+    layers = nn.ModuleList(_layer(x.shape[1], classes) for _ in config.learning_rates).to(x.device)
     batch = min(config.batch_size, len(x))
     groups = [
         {"params": layer.parameters(), "lr": rate * batch / 256}
@@ -56,8 +57,7 @@ def train_probe(x: Tensor, labels: Tensor, classes: int, config: LinearConfig, s
     optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=config.weight_decay)
     steps = config.epochs * (len(x) // batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    console = Console(stderr=True)
-    for _ in track(range(config.epochs), "training probes", console=console, disable=not console.is_terminal):
+    for _ in share.shown(range(config.epochs), "training probes", config.epochs):
         order = torch.randperm(len(x), generator=generator).to(x.device)
         for chosen in order[: len(x) // batch * batch].split(batch):
             rows = (x[chosen] - mean) / deviation
@@ -69,20 +69,22 @@ def train_probe(x: Tensor, labels: Tensor, classes: int, config: LinearConfig, s
     return Probe(layers, mean, deviation)
 
 
-def _layer(width: int, classes: int, seed: int) -> nn.Linear:
+def _layer(width: int, classes: int) -> nn.Linear:
     """Every layer starts from the same weights: normal 0.01 (DINO)."""
     layer = nn.Linear(width, classes)
-    nn.init.normal_(layer.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
+    nn.init.normal_(layer.weight, std=0.01, generator=torch.Generator().manual_seed(SEED))
     nn.init.zeros_(layer.bias)
     return layer
 
 
 def linear(
-    x: Tensor, labels: list[str], queries: Tensor, query_labels: list[str], config: LinearConfig, device: torch.device
-) -> dict[str, object]:
+    x: Tensor, labels: list[str], queries: Tensor, query_labels: list[str], config: LinearConfig, device: torch.device,
+    share: Share = ALONE,
+) -> dict[str, object]:  # fmt: skip
     """Top-1 and top-5 accuracy with the learning rate that is best on a held-out tenth of the labelled samples.
 
-    x: [m, F], to learn from; queries: [n, F]. Also the accuracy of every rate, by rate.
+    x: [m, F], to learn from; queries: [n, F]. Also the accuracy of every rate, by rate. Every rank trains the same
+    layers, and the main one shows how far. Raises UserError where there are too few samples.
     """
     classes = sorted(set(labels))
     index = {label: i for i, label in enumerate(classes)}
@@ -92,7 +94,7 @@ def linear(
         raise UserError(f"linear needs at least {2 * HELD_OUT} labelled samples, the bank has {len(x)}")
     x, queries = x.to(device), queries.to(device)
     held = torch.zeros(len(x), dtype=torch.bool, device=device)
-    held[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: len(x) // HELD_OUT]] = True
+    held[torch.randperm(len(x), generator=torch.Generator().manual_seed(SEED))[: len(x) // HELD_OUT]] = True
     probe = train_probe(x[~held], truth[~held], len(classes), config)
     chosen = _right(probe.logits(x[held]), truth[held])[..., 0].mean(1).argmax()
     right = _right(probe.logits(queries), asked)

@@ -17,8 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from ...harmony.image_encoder import ImageEncoder
@@ -30,6 +28,8 @@ from .share import Share
 
 OVERLAP = 1 / 3
 """Of neighbouring windows of a test image."""
+WARMUP = 0.1 + 1e-6
+"""Share of the steps in which the learning rate rises: a tenth and a hair, as OneCycleLR divides by (tenth - 1)."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,7 @@ def segmentation(
     share.average([*head.parameters(), *(b for b in head.buffers() if b.is_floating_point())])
     head.eval()
     confusion = torch.zeros(labels.count, labels.count, dtype=torch.int64)
-    shown = share.is_main and Console(stderr=True).is_terminal
-    for pair in track(list(share.of(test)), "segmenting", console=Console(stderr=True), disable=not shown):
+    for pair in share.shown(share.of(test), "segmenting", share.count(len(test))):
         image, mask = pair.load()
         scores = predict(head, encoder, image, config, size)
         truth = labels.of(mask, pair.mask)
@@ -135,11 +134,9 @@ def train_head(
     batch = min(settings.batch_size, len(train))
     steps = settings.epochs * (len(train) // batch)
     optimizer = torch.optim.AdamW(head.parameters(), settings.lr, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, max(steps, 2), pct_start=0.1)
-    shown = share.is_main and Console(stderr=True).is_terminal
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, max(steps, 2), pct_start=WARMUP)
     crops = _crops(train, labels, config, size, batch, share)
-    console = Console(stderr=True)
-    for images, masks in track(crops, "training the head", steps, console=console, disable=not shown):
+    for images, masks in share.shown(crops, "training the head", steps):
         scores = head(patch_map(encoder, images.to(device)), size)
         # The mean over the pixels that count; a batch without any teaches nothing.
         loss = F.cross_entropy(scores, masks.to(device), ignore_index=-1, reduction="sum") / (masks >= 0).sum().clamp(1)
@@ -216,7 +213,7 @@ def scores_of(confusion: Tensor) -> dict[str, float]:
     right = confusion.diagonal().double()
     true, found = confusion.sum(1).double(), confusion.sum(0).double()
     if not true.sum():
-        print("no pixel of the masks counts: all are ignored", file=sys.stderr)
+        print("warning: no pixel of the masks of evaluate.data counts (evaluate.segmentation.ignore)", file=sys.stderr)
         return {"miou": 0.0, "pixel_accuracy": 0.0, "mean_accuracy": 0.0}
     union = true + found - right
     return {

@@ -1,4 +1,6 @@
-"""How ranks share the work of an evaluation: each encodes every so many-th picture, then all have all features."""
+"""How ranks share the work of an evaluation: each encodes every so many-th picture, then all have all features; and the
+progress bar, which one of them shows.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 T = TypeVar("T")
@@ -34,6 +38,13 @@ class Share:
         """How many of `total` items are this rank's."""
         return len(range(self.rank, total, self.world_size))
 
+    def shown(self, items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
+        """The items as they are, with a progress bar on the main rank's terminal. total: how many; None: not known."""
+        console = Console(stderr=True)
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=console, disable=not (self.is_main and console.is_terminal)) as bar:
+            yield from bar.track(items, total=total, description=what)
+
     def merged(self, items: list[T]) -> list[T]:
         """The items of all ranks, rank by rank. All ranks must call."""
         if self.world_size == 1:
@@ -43,7 +54,7 @@ class Share:
         return [item for part in parts for item in part]
 
     def gathered(self, rows: Tensor) -> Tensor:
-        """Rows [n of this rank, ...] of all ranks on the host, rank by rank. All ranks must call."""
+        """Rows, float32 [n of this rank, ...], of all ranks on the host, rank by rank. All ranks must call."""
         if self.world_size == 1:
             return rows
         counts = self.merged([len(rows)])

@@ -11,13 +11,20 @@ from torch import Tensor
 
 from ..errors import UserError
 from .classes import read_lines
+from .features import in_batches
 from .ranking import ranks_of_best, same, share_within
 
 CLASSES_AT_ONCE = 64
+"""Classes whose prompts are embedded in one call."""
+ROWS = 4096
+"""Images compared at once."""
 
 
 def prompts(templates: list[str] | str) -> list[str]:
-    """Templates with {} for the class. A name: those that open_clip ships, or a file with one a line."""
+    """Templates with {} for the class. A name: those that open_clip ships, or a file with one a line.
+
+    Raises UserError, naming the line, where one has no place for the class, or there is no such file.
+    """
     if isinstance(templates, list):
         return templates
     from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
@@ -40,8 +47,7 @@ def class_weights(embed: Callable[[list[str]], Tensor], classes: list[str], temp
     """One unit vector per class, the mean over prompts: [classes, E]. embed: texts -> unit vectors [n, E]."""
     ways = prompts(templates)
     parts = []
-    for first in range(0, len(classes), CLASSES_AT_ONCE):
-        names = classes[first : first + CLASSES_AT_ONCE]
+    for names in in_batches(classes, CLASSES_AT_ONCE):
         embedded = embed([template.replace("{}", name) for name in names for template in ways])
         parts.append(embedded.unflatten(0, (len(names), len(ways))).mean(1))
     return F.normalize(torch.cat(parts), dim=-1)
@@ -50,16 +56,12 @@ def class_weights(embed: Callable[[list[str]], Tensor], classes: list[str], temp
 def zero_shot(images: Tensor, weights: Tensor, labels: list[str], classes: list[str]) -> dict[str, float]:
     """Top-1, top-5 and top-10 accuracy, and the mean over classes of the top-1 accuracy.
 
-    images: unit vectors [n, E]; weights: [classes, E]; labels: the n true classes.
+    images: unit vectors [n, E]; weights: [classes, E]; labels: the n true classes; classes: those of the weights.
     """
-    chunks = zip(images.split(4096), _split(labels, 4096), strict=True)
+    chunks = zip(images.split(ROWS), in_batches(labels, ROWS), strict=True)
     ranks = torch.cat([ranks_of_best(chunk @ weights.T, same(truth, classes)) for chunk, truth in chunks])
     by_class: dict[str, list[bool]] = {}
     for label, right in zip(labels, (ranks < 1).tolist(), strict=True):
         by_class.setdefault(label, []).append(right)
     mean = sum(sum(rights) / len(rights) for rights in by_class.values()) / len(by_class)
     return {f"top{k}": share_within(ranks, k) for k in (1, 5, 10)} | {"mean_per_class": mean}
-
-
-def _split(items: list[str], size: int) -> list[list[str]]:
-    return [items[first : first + size] for first in range(0, len(items), size)]

@@ -6,28 +6,22 @@ Each weights file says in its metadata what it was made of, so that `harmony-fas
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..errors import UserError
 from ..evaluated import ABOUT, METRICS
-from . import hf_format, open_clip_format, plain_format, timm_format
 from .card import model_card
-from .metadata import KEY, describe
-from .source import Exported, Source, read_source
+from .metadata import FORMATS, KEY, describe
+from .source import Exported, read_source
 
 __all__ = ["FORMATS", "export"]
 
-FORMATS: dict[str, Callable[[Source], Exported]] = {
-    "timm": timm_format.build,
-    "open_clip": open_clip_format.build,
-    "safetensors": plain_format.build,
-    "hf": hf_format.build,
-}
-"""What each makes of a run. They raise UserError where the run cannot be expressed in that format."""
+TEMPORARY = ".tmp"
+"""Ending of a weights file that is not whole yet."""
 
 
 def export(run_dir: Path, form: str, destination: Path | None = None, branch: str | None = None) -> Path:
@@ -46,7 +40,7 @@ def export(run_dir: Path, form: str, destination: Path | None = None, branch: st
     if alone and form in ("open_clip", "hf"):
         raise UserError(f"{destination}: {form} needs several files; name a folder")
     folder = destination.parent if alone else destination
-    made = FORMATS[form](source.at(folder))
+    made = FORMATS[form].build(source.at(folder))
     _check_free(folder, made, alone)
     weights = destination if alone else folder / made.weights_name
     metadata = {"format": "pt", KEY: describe(source, form)}
@@ -58,11 +52,13 @@ def export(run_dir: Path, form: str, destination: Path | None = None, branch: st
             path.write_text(content if isinstance(content, str) else as_json(content), encoding="utf-8")
         card = weights.with_suffix(".md") if alone else folder / "README.md"
         card.write_text(model_card(source, form, made, weights), encoding="utf-8")
-        temporary = weights.with_name(weights.name + ".tmp")
+        temporary = weights.with_name(weights.name + TEMPORARY)
         save_file({name: value.contiguous().clone() for name, value in made.weights.items()}, temporary, metadata)
         temporary.replace(weights)
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
+    except SafetensorError as error:  # a full disk, for one
+        raise UserError(f"{weights}: cannot be written: {error}") from None
     return weights
 
 
@@ -77,7 +73,8 @@ def _check_free(folder: Path, made: Exported, alone: bool) -> None:
         raise UserError(f"{folder}: is there already and not a folder")
     if alone or not folder.is_dir():
         return
-    ours = {made.weights_name, "README.md", METRICS, ABOUT, *(name.split("/")[0] for name in made.files)}
+    weights = made.weights_name, made.weights_name + TEMPORARY
+    ours = {*weights, "README.md", METRICS, ABOUT, *(name.split("/")[0] for name in made.files)}
     others = sorted(path.name for path in folder.iterdir() if path.name not in ours)
     if others:
         raise UserError(f"{folder}: holds other files ({', '.join(others[:3])}); choose an empty folder")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from ..config import RunConfig, dump_config
+from ..evaluated import leaves
 from .source import Exported, Source
 
 LEARNING = ("knn", "linear", "few_shot", "finetune", "segmentation")
@@ -17,12 +18,13 @@ PAPER = "https://arxiv.org/abs/2405.14239"
 
 def model_card(source: Source, form: str, made: Exported, weights: Path) -> str:
     """Markdown with the front matter that model hubs read. weights: where the weights file is going to be."""
-    folder = weights.parent
+    places = {"FOLDER": str(weights.parent), "FILE": str(weights)}
+    usage = re.sub("FOLDER|FILE", lambda word: places[word[0]], made.usage)  # in one pass: a path may hold these words
     parts = [
         _front_matter(source, made),
         f"# {source.name}",
         _what(source, form),
-        "## Use\n\n```python" + made.usage.replace("FOLDER", str(folder)).replace("FILE", str(weights)) + "```",
+        f"## Use\n\n```python{usage}```",
         *(f"Note: {note}" for note in made.notes),
         _preprocessing(source.config),
         _training(source),
@@ -100,19 +102,13 @@ def _results(source: Source) -> str:
         of = source.about.get(task, {})
         where = [of.get("data", ""), f"learned from {of['bank']}" if "bank" in of and task in LEARNING else ""]
         where.append(of.get("checkpoint", ""))
-        for name, value in _leaves(found, task):
-            shown = value if isinstance(value, str) else f"{100 * value:.2f}"
+        for path, value in leaves(found, task):
+            name = path.replace("/", " ").replace("_", " ")
+            shown = f"{100 * value:.2f}" if isinstance(value, int | float) else str(value)
             rows.append(f"| {name} | {shown} | {'; '.join(filter(None, where))} |")
     if not rows:
         return "## Results\n\nNot evaluated: `harmony-fast evaluate` writes the numbers that belong here."
     return "## Results\n\nBy `harmony-fast evaluate`, in percent.\n\n| | | on |\n|---|---|---|\n" + "\n".join(rows)
-
-
-def _leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
-    """Numbers and words of nested mappings, with their paths in words."""
-    if isinstance(tree, dict):
-        return [leaf for key, value in tree.items() for leaf in _leaves(value, f"{path} {key}".strip())]
-    return [(path.replace("_", " "), tree)] if isinstance(tree, (int, float, str)) else []
 
 
 def _shareable(source: Source) -> str:

@@ -8,7 +8,7 @@ alone. The names are those of transformers 5.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
 
 VISION, TEXT = "vision_model.", "text_model."
+WORDS = "token_embedding.weight"
+"""Ours has a last row that theirs has not: the mask token's."""
 IMAGE_PARTS = {
     "norm1": "norm1", "norm2": "norm2", "attn.proj": "attention.o_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
 }  # fmt: skip
@@ -74,84 +76,70 @@ def build(source: Source) -> Exported:
     return Exported(weights, "model.safetensors", files, "transformers", BOTH, notes)
 
 
-def _image_weights(source: Source, prefix: str) -> dict[str, Tensor]:
-    ours = source.image.state_dict()
-    weights = {
-        "embeddings.cls_token": ours["cls_token"], "embeddings.position_embeddings": ours["pos_embed"],
-        **{f"embeddings.patch_embeddings.projection.{p}": ours[f"patch_embed.proj.{p}"] for p in ("weight", "bias")},
-        **{f"layernorm.{p}": ours[f"norm.{p}"] for p in ("weight", "bias")},
-    }  # fmt: skip
-    for i in range(source.config.model.image.depth):
-        block, layer = f"blocks.{i}.", f"encoder.layer.{i}."
-        for part in ("weight", "bias"):
+def _image_names(depth: int) -> Iterator[tuple[str, list[str]]]:
+    """Our names of the image tower's weights and theirs: several where they keep apart what is one tensor here."""
+    yield "cls_token", ["embeddings.cls_token"]
+    yield "pos_embed", ["embeddings.position_embeddings"]
+    for part in ("weight", "bias"):
+        yield f"patch_embed.proj.{part}", [f"embeddings.patch_embeddings.projection.{part}"]
+        yield f"norm.{part}", [f"layernorm.{part}"]
+        for i in range(depth):
+            block, layer = f"blocks.{i}.", f"encoder.layer.{i}."
             for name, theirs in IMAGE_PARTS.items():
-                weights[f"{layer}{theirs}.{part}"] = ours[f"{block}{name}.{part}"]
-            for name, value in zip("qkv", ours[f"{block}attn.qkv.{part}"].chunk(3), strict=True):
-                weights[f"{layer}attention.{name}_proj.{part}"] = value
-        for scale in ("layer_scale1", "layer_scale2"):
-            weights[f"{layer}{scale}.lambda1"] = torch.ones_like(ours["norm.weight"])
-    return {prefix + name: value for name, value in weights.items()}
+                yield f"{block}{name}.{part}", [f"{layer}{theirs}.{part}"]
+            yield f"{block}attn.qkv.{part}", [f"{layer}attention.{name}_proj.{part}" for name in "qkv"]
+
+
+def _text_names(depth: int) -> Iterator[tuple[str, list[str]]]:
+    """The same of the text tower."""
+    yield WORDS, ["embeddings.token_embedding.weight"]
+    yield "positional_embedding", ["embeddings.position_embedding.weight"]
+    for part in ("weight", "bias"):
+        yield f"ln_final.{part}", [f"final_layer_norm.{part}"]
+        for i in range(depth):
+            block, layer = f"transformer.resblocks.{i}.", f"encoder.layers.{i}."
+            for name, theirs in TEXT_PARTS.items():
+                yield f"{block}{name}.{part}", [f"{layer}{theirs}.{part}"]
+            yield f"{block}attn.in_proj_{part}", [f"{layer}self_attn.{name}_proj.{part}" for name in "qkv"]
+
+
+def _theirs(ours: dict[str, Tensor], names: Iterator[tuple[str, list[str]]], prefix: str) -> dict[str, Tensor]:
+    return {
+        prefix + theirs: value
+        for name, group in names
+        for theirs, value in zip(group, ours[name].chunk(len(group)), strict=True)
+    }
+
+
+def _ours(theirs: dict[str, Tensor], names: Iterator[tuple[str, list[str]]], prefix: str) -> dict[str, Tensor]:
+    return {name: torch.cat([theirs[prefix + other] for other in group]) for name, group in names}
+
+
+def _image_weights(source: Source, prefix: str) -> dict[str, Tensor]:
+    ours, depth = source.image.state_dict(), source.config.model.image.depth
+    ones = torch.ones_like(ours["norm.weight"])
+    scales = {f"{prefix}encoder.layer.{i}.layer_scale{n}.lambda1": ones for i in range(depth) for n in (1, 2)}
+    return _theirs(ours, _image_names(depth), prefix) | scales
 
 
 def _text_weights(tower: TextEncoder, config: RunConfig) -> dict[str, Tensor]:
     ours = tower.state_dict()
-    weights = {
-        "embeddings.token_embedding.weight": ours["token_embedding.weight"][: config.model.text.vocabulary],
-        "embeddings.position_embedding.weight": ours["positional_embedding"],
-        **{f"final_layer_norm.{p}": ours[f"ln_final.{p}"] for p in ("weight", "bias")},
-    }
-    for i in range(config.model.text.depth):
-        block, layer = f"transformer.resblocks.{i}.", f"encoder.layers.{i}."
-        for part in ("weight", "bias"):
-            for name, theirs in TEXT_PARTS.items():
-                weights[f"{layer}{theirs}.{part}"] = ours[f"{block}{name}.{part}"]
-            for name, value in zip("qkv", ours[f"{block}attn.in_proj_{part}"].chunk(3), strict=True):
-                weights[f"{layer}self_attn.{name}_proj.{part}"] = value
-    return {TEXT + name: value for name, value in weights.items()}
+    ours[WORDS] = ours[WORDS][: config.model.text.vocabulary]
+    return _theirs(ours, _text_names(config.model.text.depth), TEXT)
 
 
 def restore(weights: dict[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
     """transformers' names to ours; the mask token, which only training needs, becomes zero."""
     dual = "visual_projection.weight" in weights
-    ours = _restore_image(lambda name: weights[(VISION if dual else "") + name], config.model.image.depth)
+    image = _ours(weights, _image_names(config.model.image.depth), VISION if dual else "")
+    ours = {f"image.{name}": value for name, value in image.items()}
     if dual:
+        text = _ours(weights, _text_names(config.model.text.depth), TEXT)
+        text[WORDS] = torch.cat([text[WORDS], text[WORDS].new_zeros(1, text[WORDS].shape[1])])
+        ours |= {f"text.{name}": value for name, value in text.items()}
         ours["image.contrastive_projection"] = weights["visual_projection.weight"].T
-        ours |= _restore_text(lambda name: weights[TEXT + name], config.model.text.depth)
         ours["text.text_projection"] = weights["text_projection.weight"].T
     return ours
-
-
-def _restore_image(theirs: Callable[[str], Tensor], depth: int) -> dict[str, Tensor]:
-    ours = {
-        "cls_token": theirs("embeddings.cls_token"), "pos_embed": theirs("embeddings.position_embeddings"),
-        **{f"patch_embed.proj.{p}": theirs(f"embeddings.patch_embeddings.projection.{p}") for p in ("weight", "bias")},
-        **{f"norm.{p}": theirs(f"layernorm.{p}") for p in ("weight", "bias")},
-    }  # fmt: skip
-    for i in range(depth):
-        block, layer = f"blocks.{i}.", f"encoder.layer.{i}."
-        for part in ("weight", "bias"):
-            for name, other in IMAGE_PARTS.items():
-                ours[f"{block}{name}.{part}"] = theirs(f"{layer}{other}.{part}")
-            parts = [theirs(f"{layer}attention.{name}_proj.{part}") for name in "qkv"]
-            ours[f"{block}attn.qkv.{part}"] = torch.cat(parts)
-    return {f"image.{name}": value for name, value in ours.items()}
-
-
-def _restore_text(theirs: Callable[[str], Tensor], depth: int) -> dict[str, Tensor]:
-    words = theirs("embeddings.token_embedding.weight")
-    ours = {
-        "token_embedding.weight": torch.cat([words, words.new_zeros(1, words.shape[1])]),
-        "positional_embedding": theirs("embeddings.position_embedding.weight"),
-        **{f"ln_final.{p}": theirs(f"final_layer_norm.{p}") for p in ("weight", "bias")},
-    }
-    for i in range(depth):
-        block, layer = f"transformer.resblocks.{i}.", f"encoder.layers.{i}."
-        for part in ("weight", "bias"):
-            for name, other in TEXT_PARTS.items():
-                ours[f"{block}{name}.{part}"] = theirs(f"{layer}{other}.{part}")
-            parts = [theirs(f"{layer}self_attn.{name}_proj.{part}") for name in "qkv"]
-            ours[f"{block}attn.in_proj_{part}"] = torch.cat(parts)
-    return {f"text.{name}": value for name, value in ours.items()}
 
 
 def _dual_config(joint: JointSpace, config: RunConfig) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""What a weights file says about itself, and how it becomes towers again."""
+"""The formats; what a weights file says about itself, and how it becomes towers again."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import yaml
@@ -17,17 +18,27 @@ from ...harmony.text_encoder import TextEncoder
 from ..config import RunConfig, dump_config, parse_config
 from ..errors import UserError
 from . import hf_format, open_clip_format, plain_format, timm_format
-from .source import Source
+from .source import Exported, Source
 
+
+class Format(Protocol):
+    """What the module of a format has."""
+
+    def build(self, source: Source) -> Exported:
+        """What it makes of a run. Raises UserError where the run cannot be expressed in it."""
+
+    def restore(self, weights: dict[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
+        """Weights by its library's names -> by ours, `image.` and `text.`."""
+
+
+FORMATS: dict[str, Format] = {
+    "timm": timm_format,
+    "open_clip": open_clip_format,
+    "safetensors": plain_format,
+    "hf": hf_format,
+}
 KEY = "harmony_fast"
 """Of the safetensors metadata."""
-RESTORE = {
-    "timm": timm_format.restore,
-    "open_clip": open_clip_format.restore,
-    "safetensors": plain_format.restore,
-    "hf": hf_format.restore,
-}
-"""Weights by their library's names -> by ours, `image.` and `text.`."""
 
 
 @dataclass
@@ -69,10 +80,10 @@ def load_exported(file: Path, device: torch.device | str = "cpu") -> tuple[RunCo
     try:
         described = json.loads(_metadata(file) or "")
         config = parse_config(yaml.safe_load(described["config"]), str(file))
-        weights = RESTORE[described["format"]](load_file(file), config)
+        config.evaluate.branch = described["branch"]
+        weights = FORMATS[described["format"]].restore(load_file(file), config)
     except (OSError, SafetensorError, ValueError, KeyError, yaml.YAMLError) as error:
         raise UserError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
-    config.evaluate.branch = described["branch"]
     image, text = (_below(weights, tower) for tower in ("image.", "text."))
     try:
         towers = LoadedTowers(_image_tower(config, image), _text_tower(config, text) if text else None)

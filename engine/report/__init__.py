@@ -74,15 +74,8 @@ def _header(runs: list[Run]) -> Markup:
 def _footer(runs: list[Run]) -> Child:
     sources = list(dict.fromkeys(s for run in runs for s in [*run.config.evaluate.data, *run.config.evaluate.bank]))
     pictures = f" Pictures: {', '.join(sources)}." if sources else ""
-    checkpoints = [f"{run.name} ({_checkpoint(run)})" for run in runs]
+    checkpoints = [f"{run.name} ({run.checkpoint})" for run in runs]
     return tag("p", f"Made by harmony-fast report from: {', '.join(checkpoints)}.{pictures}{licence_note(sources)}")
-
-
-def _checkpoint(run: Run) -> str:
-    try:
-        return f"checkpoint {run.loaded.checkpoint.name}"
-    except UserError as error:
-        return str(error)
 
 
 def _numbers(runs: list[Run]) -> list[Section]:
@@ -94,7 +87,7 @@ def _numbers(runs: list[Run]) -> list[Section]:
         + ("The tick on each bar is what guessing would score." if len(runs) == 1 else "The best of each in bold."),
         "losses": f"On training batches, before weighting: {smooth}{several}.",
         "schedules": "What follows from the step alone. Faint: still to come.",
-        "speed": "As logged; where the log has them, memory and the parts of a step.",
+        "speed": "As logged. Memory: at the fullest moment so far.",
         "others": f"What the objectives and the optimizer report beside the losses: {smooth}.",
     }
     parts = [

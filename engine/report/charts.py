@@ -99,21 +99,3 @@ def _plot(lines: list[Line], title: str, smooth: bool) -> Markup:
     labels = [tag("span", text, style=f"top:{up(t):.1f}%") for t, text in zip(ticks, tick_labels(ticks), strict=True)]
     steps = [tag("span", f"step {first:,.0f}"), tag("span", f"{last:,.0f}")]
     return tag("div", tag("div", labels, class_="y"), svg, tag("div", steps, class_="x"), class_="plot")
-
-
-def shares(name: Child, parts: dict[str, float], unit: str) -> Markup:
-    """A bar cut into the parts of a whole, and what each is. parts: by name, in `unit`."""
-    whole = sum(parts.values())
-    colours = {part: f"var(--part-{i % 8})" for i, part in enumerate(parts)}
-    pieces = [
-        tag("span", style=f"width:{100 * value / whole:.2f}%;background:{colours[part]}", title=part)
-        for part, value in parts.items()
-    ]
-    items = [
-        tag("li", tag("span", style=f"background:{colours[part]}", class_="patch"), part, " ",
-            tag("b", f"{100 * value / whole:.0f} %"), tag("span", f" {number(value)} {unit}", class_="aside"))
-        for part, value in parts.items()
-    ]  # fmt: skip
-    heading = tag("h3", name, tag("span", f" {number(whole)} {unit}", class_="aside"))
-    return tag("article", heading, tag("div", pieces, class_="shares", aria_hidden="true"),
-               tag("ul", items, class_="ends"), class_="card")  # fmt: skip

@@ -45,18 +45,19 @@ def read_log(path: Path) -> list[Entry]:
             entry = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(entry, dict) and _is_number(entry.get("step")):
+        if isinstance(entry, dict) and is_number(entry.get("step")):
             entries.append(entry)
     return entries
 
 
 def series(log: list[Entry], key: str) -> Series:
     """The values of `key`."""
-    found = [(e["step"], e[key]) for e in log if _is_number(e.get(key))]
+    found = [(e["step"], e[key]) for e in log if is_number(e.get(key))]
     return Series([float(s) for s, _ in found], [float(v) for _, v in found])
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a finite number; true and false are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

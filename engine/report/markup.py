@@ -92,9 +92,9 @@ def shown_scale(side: int, shown: int = SHOWN_SIDE) -> float:
     return shown // side if side <= shown else shown / side
 
 
-def labelled(label: Child, *content: Child, class_: str = "labelled") -> Markup:
+def labelled(label: Child, *content: Child) -> Markup:
     """Content with a small label above it."""
-    return tag("div", tag("div", label, class_="label"), tag("div", *content, class_="strip"), class_=class_)
+    return tag("div", tag("div", label, class_="label"), tag("div", *content, class_="strip"))
 
 
 def lead(text: str) -> Markup:

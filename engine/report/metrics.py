@@ -10,11 +10,12 @@ from typing import Any
 
 from ..config import RunConfig
 from ..errors import UserError
-from ..evaluate import labels
-from .curves import number
+from ..evaluate.classes import class_names
+from ..evaluated import METRICS, leaves
+from .curves import is_number, number
 from .markup import Child, Markup, absent, run_name, tag
 from .run import Run
-from .samples import HeldOut
+from .samples import HeldOut, sample_labels
 from .summary import table
 
 TASK_NAMES = {
@@ -82,7 +83,7 @@ def _task_table(task: str, runs: list[Run], found: dict[int, Tasks], levels: dic
 
 def read_metrics(run_dir: Path) -> dict[str, Any]:
     """What `harmony-fast evaluate` measured. Raises UserError, which names that command, if it did not."""
-    path, command = run_dir / "metrics.json", f"`harmony-fast evaluate {run_dir}`"
+    path, command = run_dir / METRICS, f"`harmony-fast evaluate {run_dir}`"
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -103,24 +104,21 @@ def metrics_cards(metrics: dict[str, Any], random_levels: dict[str, float]) -> M
 
 def given_levels(metrics: Any) -> dict[str, float]:
     """Levels of guessing that the metrics themselves tell, by the path of what they belong to."""
-    return {path.replace("/chance", ""): value for path, value in _leaves(metrics) if "/chance" in path}
+    return {path.replace("/chance", ""): value for path, value in _numbers(metrics) if "/chance" in path}
 
 
 def by_task(metrics: Any) -> Tasks:
     """Fractions by task; counts, chance levels and other numbers beside them are left out."""
     tasks: Tasks = {}
-    for path, value in _leaves(metrics):
+    for path, value in _numbers(metrics):
         task, _, metric = path.rpartition("/")
         if task and "chance" not in path and 0 <= value <= 1:
             tasks.setdefault(task, {})[metric] = value
     return tasks
 
 
-def _leaves(tree: Any, path: str = "") -> list[tuple[str, float]]:
-    """All numbers of nested mappings with their paths."""
-    if isinstance(tree, dict):
-        return [leaf for key, value in tree.items() for leaf in _leaves(value, f"{path}/{key}" if path else str(key))]
-    return [(path, float(tree))] if isinstance(tree, (int, float)) and not isinstance(tree, bool) else []
+def _numbers(metrics: Any) -> list[tuple[str, float]]:
+    return [(path, float(value)) for path, value in leaves(metrics) if is_number(value)]
 
 
 def _task_card(task: str, values: dict[str, float], levels: dict[str, float]) -> Markup:
@@ -175,11 +173,12 @@ def random_levels(config: RunConfig, held: HeldOut) -> dict[str, float]:
         for direction in ("image_to_text", "text_to_image"):
             levels.update({f"retrieval/{direction}/r{k}": min(k / count, 1.0) for k in (1, 5, 10)})
     with suppress(UserError):
-        classes = len(set(labels(held.queries, evaluate.class_key)))
+        names = class_names(sample_labels(held.queries, evaluate.class_key), evaluate.classes)
+        classes = len(set(names.values()))
         levels.update({f"zero_shot/top{k}": min(k / classes, 1.0) for k in (1, 5, 10)})
         levels["zero_shot/mean_per_class"] = 1 / classes
     with suppress(UserError):
-        groups = labels(held.queries, evaluate.group_key), labels(held.bank, evaluate.group_key)
+        groups = [sample_labels(samples, evaluate.group_key) for samples in (held.queries, held.bank)]
         levels.update({f"{task}/top1": _agreement(*groups) for task in ("knn", "linear", "few_shot", "finetune")})
     return levels
 

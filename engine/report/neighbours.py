@@ -17,12 +17,12 @@ from ...harmony.objectives.contrastive import Contrastive
 from ..config import RunConfig
 from ..data.labelled import LabelledSample
 from ..errors import UserError
-from ..evaluate import labels
+from ..evaluate.classes import class_names
 from ..evaluate.features import class_tokens, image_embeddings, image_tower, text_embeddings
 from ..evaluate.zero_shot import class_weights
 from .markup import SHOWN_SIDE, Child, Markup, foreign, picture, tag
 from .run import Run
-from .samples import display_name, pick
+from .samples import display_name, pick, sample_labels
 
 NEIGHBOURS = 6
 ANSWERS = 5
@@ -146,20 +146,20 @@ def _images_of(run: Run, samples: list[LabelledSample], place: int, scores: Tens
 def names_of_images(run: Run) -> Markup:
     """A few held-out images with their most probable class names."""
     config, held, branch = run.config, run.held, run.branch
-    names = labels(held.queries, config.evaluate.class_key)
-    places = pick(len(names), run.count, config.seed)
-    queries = [held.queries[i] for i in places]
-    classes = list(dict.fromkeys(names))
-    weights = class_weights(partial(text_embeddings, branch, config=config), classes, config.evaluate.templates)
-    images = image_embeddings(branch, class_tokens(branch, queries, config))
+    labels = sample_labels(held.queries, config.evaluate.class_key)
+    by_label = class_names(labels, config.evaluate.classes)
+    names = list(dict.fromkeys(by_label[label] for label in labels))
+    places = pick(len(labels), run.count, config.seed)
+    weights = class_weights(partial(text_embeddings, branch, config=config), names, config.evaluate.templates)
+    images = image_embeddings(branch, class_tokens(branch, [held.queries[i] for i in places], config))
     contrastive = cast(Contrastive, run.model.objectives["contrastive"])
     scale = float(contrastive.logit_scale.detach().exp())
     cards = []
-    for query, row in zip(queries, (scale * images @ weights.T).softmax(-1), strict=True):
-        truth, order = names[held.queries.index(query)], row.argsort(descending=True, stable=True).tolist()
-        bars = [bar(classes[j], _percent(float(row[j])), float(row[j]), classes[j] == truth) for j in order[:ANSWERS]]
-        rank = order.index(classes.index(truth))
-        cards.append(answer(truth, thumbnail(query, config), bars, rank, len(classes), "name"))
+    for i, row in zip(places, (scale * images @ weights.T).softmax(-1), strict=True):
+        truth, order = names.index(by_label[labels[i]]), row.argsort(descending=True, stable=True).tolist()
+        bars = [bar(names[j], _percent(float(row[j])), float(row[j]), j == truth) for j in order[:ANSWERS]]
+        thumb = thumbnail(held.queries[i], config)
+        cards.append(answer(names[truth], thumb, bars, order.index(truth), len(names), "name"))
     return tag("div", cards, class_="cards")
 
 

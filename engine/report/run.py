@@ -47,6 +47,14 @@ class Run:
         """The newest checkpoint."""
         return load_run(self.folder, "cuda" if torch.cuda.is_available() else "cpu")
 
+    @cached_property
+    def checkpoint(self) -> str:
+        """The newest checkpoint in words, or why there is none; stays when the weights are forgotten."""
+        try:
+            return f"checkpoint {self.loaded.checkpoint.name}"
+        except UserError as error:
+            return str(error)
+
     @property
     def model(self) -> Harmony:
         """The newest checkpoint's."""
@@ -103,8 +111,9 @@ class Run:
         return min(total, self.config.max_steps or total) if total else self.config.max_steps
 
     def forget_weights(self) -> None:
-        """Free the model and the samples: a page may be about many runs."""
-        for name in ("model", "gallery"):
+        """Free the model and the samples: a page may be about many runs. The name of the checkpoint is kept."""
+        _ = self.checkpoint
+        for name in ("loaded", "gallery"):
             self.__dict__.pop(name, None)
 
 

@@ -25,9 +25,10 @@ from ..data.images import Rejected, decode_rgb
 from ..data.labelled import LabelledSample, read_labelled
 from ..data.sources import expand_sources
 from ..data.tars import read_shard
-from ..data.tokens import tokenize
+from ..data.tokens import text_of, tokenize
 from ..data.views import StepViews
 from ..errors import UserError
+from ..evaluate.classes import labels_of
 from ..evaluate.features import pixels
 from ..shipped import shipped_data
 
@@ -93,13 +94,13 @@ def gather(config: RunConfig, held: HeldOut, count: int) -> Gallery:
     source, samples = held.pool
     places = pick(len(samples), count, config.seed)
     chosen, index = [samples[i] for i in places], torch.tensor(places)
-    tokens = torch.stack([torch.from_numpy(tokenize(s.caption, config.model.text.context)[0]) for s in chosen]).long()
+    tokens = np.stack([tokenize(s.caption, config.model.text.context, config.data.tokenizer)[0] for s in chosen])
     crops = cut_crops([s.image for s in chosen], index, config)
     return Gallery(
         source=source,
         samples=chosen,
         names=[display_name(s, config) for s in chosen],
-        views=StepViews(config, RawBatch(*crops, tokens, index), Clock(0, 1, 1))[0],
+        views=StepViews(config, RawBatch(*crops, torch.from_numpy(tokens).long(), index), Clock(0, 1, 1))[0],
         whole=torch.stack([pixels(s.image, config) for s in chosen]),
     )
 
@@ -139,7 +140,8 @@ def read_training(config: RunConfig, count: int) -> list[LabelledSample]:
             image = _decoded(stored, records.mode[i], (int(records.width[i]), int(records.height[i])))
         except (Rejected, ValueError):
             raise UserError(f"{files.named(row)}: its image cannot be decoded; prepare the file again") from None
-        samples.append(LabelledSample(files.keys([row])[0], image, readable(tokens[1 : int(tokens.argmax())]), {}))
+        caption = readable(tokens[1 : int(tokens.argmax())], config.data.tokenizer)
+        samples.append(LabelledSample(files.keys([row])[0], image, caption, {}))
     return samples
 
 
@@ -180,29 +182,26 @@ def _cut(image: Image.Image, box: list[int], size: int) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=place))
 
 
+def sample_labels(samples: list[LabelledSample], key: str) -> list[str]:
+    """One label of every sample, as text. Raises UserError, naming the sample, where it has none."""
+    return labels_of(((f"sample {sample.key}", sample.labels) for sample in samples), key)
+
+
 def display_name(sample: LabelledSample, config: RunConfig) -> str:
     """The sample's class, or else its caption."""
     return str(sample.labels.get(config.evaluate.class_key) or sample.caption)
 
 
-def normalisation(config: RunConfig) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the pixels: [3, 1, 1] each."""
-    augment = config.data.augment
-    mean, std = torch.tensor(augment.mean)[:, None, None], torch.tensor(augment.std)[:, None, None]
-    return mean, std
-
-
 def displayable(images: Tensor, config: RunConfig) -> np.ndarray:
     """Normalised pixels back to what an eye can see: [..., 3, H, W] -> uint8 [..., H, W, 3]."""
-    mean, std = normalisation(config)
+    mean, std = (torch.tensor(of)[:, None, None] for of in (config.data.augment.mean, config.data.augment.std))
     return ((images.cpu() * std + mean).clamp(0, 1) * 255).round().byte().movedim(-3, -1).numpy()
 
 
-def readable(tokens: Tensor) -> str:
+def readable(tokens: Tensor, tokenizer: str) -> str:
     """Token ids to text, without the spaces that the tokenizer puts before commas. tokens: int64 [n], words only."""
-    from open_clip.tokenizer import decode
-
-    return re.sub(r" ([,.;:!?])", r"\1", decode(tokens)).strip()
+    ended = np.append(tokens.numpy(), np.iinfo(np.int64).max)  # `text_of` reads up to the largest id, which is the end
+    return re.sub(r" ([,.;:!?])", r"\1", text_of(ended, tokenizer))
 
 
 def licence_note(sources: list[str]) -> str:

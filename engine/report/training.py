@@ -1,24 +1,22 @@
-"""How training went: losses, schedules, speed and memory, where the step's time goes, and whatever else was logged."""
+"""How training went: losses, schedules, speed and memory, and whatever else was logged."""
 
 from __future__ import annotations
 
 import inspect
-import statistics
 
 from ...harmony.objectives import REGISTRY
 from ..errors import UserError
-from .charts import Line, panel, shares
+from .charts import Line, panel
 from .curves import Series, number, objective_name, series
-from .markup import Child, Markup, run_colour, run_dash, run_name, tag
+from .markup import Child, run_colour, run_dash, tag
 from .run import Run
 from .schedules import schedules
 
 ORDINARY = {"step", "epoch", "loss", "lr", "weight_decay", "ema_momentum", "samples_per_second"}
 """Logged without a prefix, and shown in places of their own."""
-TITLES = {"samples_per_second": "Samples per second", "gradient_norm": "Gradient norm"}
+TITLES = {"memory/peak_gib": "Peak memory, GiB", "memory/predicted_gib": "Predicted memory, GiB"}
 COLOURS = 6
 """Line colours of objectives in the style sheet."""
-GIB = 2**30
 
 
 def losses(runs: list[Run]) -> Child:
@@ -33,9 +31,9 @@ def losses(runs: list[Run]) -> Child:
     return tag("div", panels, class_="panels")
 
 
-def lines_of(runs: list[Run], key: str, own: str, scale: float = 1.0) -> list[Line]:
-    """A logged quantity of every run; with a single run in the colour `own`. scale: values are divided by it."""
-    return [line_of(runs, run, scaled(series(run.log, key), scale), own) for run in runs]
+def lines_of(runs: list[Run], key: str, own: str) -> list[Line]:
+    """A logged quantity of every run; with a single run in the colour `own`."""
+    return [line_of(runs, run, series(run.log, key), own) for run in runs]
 
 
 def line_of(runs: list[Run], run: Run, curve: Series, own: str, reached: float | None = None) -> Line:
@@ -43,11 +41,6 @@ def line_of(runs: list[Run], run: Run, curve: Series, own: str, reached: float |
     if len(runs) == 1:
         return Line(run.name, curve, own, None, reached)
     return Line(run.name, curve, run_colour(run.place), run_dash(run.place), reached)
-
-
-def scaled(curve: Series, scale: float) -> Series:
-    """Values divided by `scale`."""
-    return curve if scale == 1 else Series(curve.steps, [value / scale for value in curve.values])
 
 
 def planned(runs: list[Run]) -> Child:
@@ -69,32 +62,17 @@ def planned(runs: list[Run]) -> Child:
 
 
 def speed(runs: list[Run]) -> Child:
-    """Throughput and memory over time, and the parts of a step."""
+    """Throughput and memory over time."""
     need_logs(runs)
-    keys = [key for key in logged_keys(runs) if "memory" in key]
-    panels = [panel("Samples per second", lines_of(runs, "samples_per_second", "var(--accent)"))]
-    for key in keys:
-        large = max((v for run in runs for v in series(run.log, key).values), default=0) > 1e6  # bytes
-        title = readable(key) + (", GiB" if large else "")
-        panels.append(panel(title, lines_of(runs, key, "var(--accent)", GIB if large else 1.0)))
-    bars = [_step_time(runs, run) for run in runs]
-    return [tag("div", panels, class_="panels small"), tag("div", bars, class_="cards wide") if any(bars) else None]
-
-
-def _step_time(runs: list[Run], run: Run) -> Markup | None:
-    """The median of each part of a step, where the run logged them (as `time/<part>`, in seconds)."""
-    curves = {key[5:]: series(run.log, key).values for key in logged_keys([run]) if key.startswith("time/")}
-    parts = {part.replace("_", " "): 1000 * statistics.median(values) for part, values in curves.items() if values}
-    if sum(parts.values()) <= 0:
-        return None
-    name = "Where a step's time goes" if len(runs) == 1 else run_name(run.name, run.place)
-    return shares(name, parts, "ms")
+    keys = ["samples_per_second", *(key for key in logged_keys(runs) if key.startswith("memory/"))]
+    panels = [panel(readable(key), lines_of(runs, key, "var(--accent)")) for key in keys]
+    return tag("div", panels, class_="panels small")
 
 
 def others(runs: list[Run]) -> Child:
     """Everything else with a number: what the objectives report, gradients, whatever later versions log."""
     need_logs(runs)
-    shown = [key for key in logged_keys(runs) if not key.startswith(("loss/", "time/")) and "memory" not in key]
+    shown = [key for key in logged_keys(runs) if not key.startswith(("loss/", "memory/"))]
     groups: dict[str, list[str]] = {}
     for key in shown:
         groups.setdefault(key.partition("/")[0] if "/" in key else "", []).append(key)

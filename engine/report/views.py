@@ -46,18 +46,20 @@ def _views_card(config: RunConfig, gallery: Gallery, i: int, asked: set[View]) -
         groups.append(strip("what is left to see (MAE)", with_holes(crops, views.removed[:, i], patch)))
     if View.LOCAL in asked and len(small):
         groups.append(strip("local crops", small))
-    caption = masked_caption(gallery, i) if View.CAPTION_MASKED in asked else foreign(gallery.samples[i].caption)
+    caption = foreign(gallery.samples[i].caption)
+    if View.CAPTION_MASKED in asked:
+        caption = masked_caption(gallery, i, config.data.tokenizer)
     return tag("article", tag("p", caption, class_="caption"), tag("div", groups, class_="groups"), class_="card")
 
 
-def masked_caption(gallery: Gallery, i: int) -> Markup:
+def masked_caption(gallery: Gallery, i: int, tokenizer: str) -> Markup:
     """The caption as its tokens read, with the masked ones marked. Start and end ids are not shown."""
     views = gallery.views
     words = slice(1, int(views.lengths[i]) - 1)
     pairs = list(zip(views.tokens[i, words].tolist(), views.caption_mask[i, words].tolist(), strict=True))
     parts: list[Child] = []
     for masked, group in groupby(pairs, key=lambda pair: pair[1]):
-        text = readable(torch.tensor([token for token, _ in group]))
+        text = readable(torch.tensor([token for token, _ in group]), tokenizer)
         space = " " if text[:1].isalnum() and parts else ""
         parts += [space, tag("mark", text) if masked else text]
     return tag("bdi", parts)

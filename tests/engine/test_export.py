@@ -204,6 +204,12 @@ def test_evaluate_takes_an_export(
         evaluate_run(tmp_path / "timm", ["zero-shot"], settings)
 
 
+def test_the_card_names_folders_of_any_name(run: Path, tmp_path: Path) -> None:
+    file = export(run, "timm", tmp_path / "FILES of a FOLDER")
+    card = (file.parent / "README.md").read_text()
+    assert f'timm.create_model("local-dir:{file.parent}", pretrained=True)' in card and f'file="{file}"' in card
+
+
 def test_the_commands(run: Path, tar: Callable, picture: Callable, encoded: Callable, tmp_path: Path) -> None:
     for i in range(4):
         path = tmp_path / "set" / f"class {i % 2}" / f"{i}.png"
@@ -237,6 +243,9 @@ def test_mistakes_are_named(run: Path, tmp_path: Path) -> None:
             export(*arguments)
     with pytest.raises(UserError, match="not a weights file of `harmony-fast export`"):
         evaluate_run(tmp_path / "weights.safetensors", [], [])
+    (tmp_path / "disk" / "model.safetensors.tmp").mkdir(parents=True)  # of an earlier export, and it cannot be written
+    with pytest.raises(UserError, match=r"model.safetensors: cannot be written: .*Is a directory"):
+        export(run, "timm", tmp_path / "disk")
     file = export(run, "safetensors", tmp_path / "x.safetensors")
     export(run, "safetensors", tmp_path / "x.safetensors")  # over its own
     file.write_bytes(file.read_bytes()[:-100])

@@ -112,7 +112,7 @@ def test_segmentation_learns_two_colours(run: Path, scenes: Path) -> None:
     assert found["miou"] > 0.8 and found["pixel_accuracy"] > 0.9
     assert found == evaluate_run(run, ["segmentation"], settings)["segmentation"]  # nothing depends on chance
     (scenes / "objectInfo150.txt").touch()  # then the background is known not to count, and there are 150 classes
-    settings[-1] = "evaluate.segmentation.epochs=1"
+    settings[3:] = ["evaluate.segmentation.epochs=10", "evaluate.segmentation.batch_size=8"]  # ten steps
     assert evaluate_run(run, ["segmentation"], settings)["segmentation"].keys() == found.keys()
 
 
@@ -156,6 +156,8 @@ def test_finetuning_learns_two_colours(run: Path, colours: Path) -> None:
     assert evaluate_run(run, ["finetune"], settings)["finetune"]["top1"] > 0.9
     plain = [*settings, "evaluate.finetune.mixup=0", "evaluate.finetune.cutmix=0", "evaluate.finetune.epochs=1"]
     assert evaluate_run(run, ["finetune"], plain)["finetune"].keys() == {"top1", "top5"}
+    with pytest.raises(UserError, match=r"diverged: lower evaluate.finetune.lr"):
+        evaluate_run(run, ["finetune"], [*plain, "evaluate.finetune.lr=1e30", "evaluate.finetune.warmup_epochs=0"])
     (colours / "train" / "red" / "0.png").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"red/0.png: image not readable"):
         evaluate_run(run, ["finetune"], settings)

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,14 @@ import pytest
 import torch
 from harmony_fast.engine.checkpoint import write_weights_only
 from harmony_fast.engine.config import dump_config, parse_config
+from harmony_fast.engine.data.pictures import Picture, PictureSet
 from harmony_fast.engine.errors import UserError
-from harmony_fast.engine.evaluate import evaluate_run
-from harmony_fast.engine.evaluate.features import finite
+from harmony_fast.engine.evaluate import evaluate_run, load_towers
+from harmony_fast.engine.evaluate.features import extract, finite
 from harmony_fast.engine.evaluate.knn import TEMPERATURE, knn
 from harmony_fast.engine.evaluate.ranking import ranks_of_best, same
 from harmony_fast.engine.evaluate.retrieval import retrieval
-from harmony_fast.engine.evaluate.share import Share
+from harmony_fast.engine.evaluate.share import ALONE, Share
 from harmony_fast.engine.evaluate.zero_shot import class_weights, zero_shot
 from harmony_fast.harmony.model import Harmony
 from hypothesis import given
@@ -200,6 +202,33 @@ def test_folders_of_classes_serve_every_task(
         file.write_bytes(b"broken")
     with pytest.raises(UserError, match="no picture in it is usable"):
         evaluate_run(run_folder, ["zero-shot"], [f"evaluate.data={only.parent}"])
+
+
+def test_classes_of_one_name_are_one(run_folder: Path, folders: Path) -> None:
+    """Two classes called missile cannot be told apart: either answer is right."""
+    found = []
+    for names in ("missile\nmissile\nhorse\n", "horse\nhorse\nmissile\n"):
+        (folders / "names.txt").write_text(names)
+        settings = [f"evaluate.data={folders / 'test'}", f"evaluate.classes={folders / 'names.txt'}"]
+        found.append(evaluate_run(run_folder, ["zero-shot"], settings)["zero_shot"]["top1"])
+    assert sum(found) == pytest.approx(1)  # who is right with the one names is wrong with the others
+
+
+def test_pictures_are_let_go_once_encoded(run_folder: Path, picture: Callable[..., Image.Image]) -> None:
+    """A set may be larger than memory: what tars and .beton files yield holds the file's bytes."""
+    config, towers, _ = load_towers(run_folder, ["evaluate.batch_size=2", "evaluate.workers=1"])
+    given: list[weakref.ref[Picture]] = []
+    alive = []
+
+    def read() -> Iterator[Picture]:
+        for i in range(40):
+            one = Picture(str(i), lambda: picture(1, 40, 30), (), {})
+            given.append(weakref.ref(one))
+            alive.append(sum(each() is not None for each in given))
+            yield one
+
+    features = extract(towers, PictureSet("a set", None, False, read), config, 1, ALONE)
+    assert len(features.names) == 40 and max(alive) < 20
 
 
 def encode_a_share(rank: int, run_folder: Path, store: Path) -> None:

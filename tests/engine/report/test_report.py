@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import re
@@ -16,7 +17,8 @@ from harmony_fast.engine.data.parts import tokenize
 from harmony_fast.engine.errors import UserError
 from harmony_fast.engine.report import write_report
 from harmony_fast.engine.report.curves import read_log
-from harmony_fast.engine.report.run import short_names
+from harmony_fast.engine.report.run import read_runs, short_names
+from harmony_fast.engine.report.samples import HeldOut, gather
 from report_runs import ALL, CONTEXT, HOSTILE, configuration, drawing, write_run, write_tar
 
 
@@ -198,6 +200,38 @@ def test_without_held_out_samples_the_training_file_is_shown(tmp_path: Path) -> 
     assert "The same at every step: " in page.parts["schedules"]
 
 
+def test_captions_are_read_with_the_tokenizer_of_the_run(tmp_path: Path) -> None:
+    merges = tmp_path / "merges.txt.gz"
+    merges.write_bytes(gzip.compress(b"#version\nt h\n"))
+    config = configuration(tmp_path, {"masked_language": {"depth": 1}})
+    config.data.tokenizer = str(merges)
+    with BetonWriter(config.data.train, 1, CONTEXT) as writer:
+        png = io.BytesIO()
+        drawing(0, 0).save(png, "PNG")
+        jpeg = to_jpeg(png.getvalue(), 512, 8, 90)
+        tokens = tokenize("the hat, 1", CONTEXT, str(merges))[0]
+        writer.write(jpeg.data, jpeg.width, jpeg.height, tokens, "key")
+    gallery = gather(config, HeldOut(config), 1)
+    assert gallery.samples[0].caption == "the hat, 1"
+    assert gallery.views.tokens[0].tolist() == tokens.tolist()
+
+
+def test_classes_are_called_by_their_names(full: Path, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("\n".join(f"object {letter}" for letter in "ABCDEFGHIJ"))
+    evaluate = {"data": [str(full / "bank.tar")], "classes": str(tmp_path / "names.txt")}
+    page = Page(write_report(write_run(configuration(tmp_path, {"contrastive": {"embed_dim": 8}}, evaluate=evaluate))))
+    assert page.images["names"] == 8
+    assert "object" in page.parts["names"] and "thing" not in page.parts["names"]
+
+
+def test_weights_are_forgotten_but_not_where_they_are_from(full: Path) -> None:
+    (run,) = read_runs([full])
+    assert run.model.objectives and run.gallery.names
+    run.forget_weights()
+    assert not {"loaded", "gallery"} & vars(run).keys()
+    assert run.checkpoint == "checkpoint step-00000001" and "loaded" not in vars(run)
+
+
 def test_without_a_log(full: Path, tmp_path: Path) -> None:
     folder = write_run(configuration(tmp_path, {"reconstruction": ALL["reconstruction"]}))
     (folder / "log.jsonl").unlink()
@@ -216,14 +250,12 @@ def test_a_run_that_has_not_saved_yet(full: Path, tmp_path: Path) -> None:
 
 def test_whatever_is_logged_is_shown(tmp_path: Path) -> None:
     folder = write_run(configuration(tmp_path, {"reconstruction": ALL["reconstruction"]}))
-    entry = {"loss": 1.0, "time/teacher": 0.03, "time/student": 0.09, "memory_peak": 3 * 2**30, "gradient_norm": 0.5,
+    entry = {"loss": 1.0, "memory/peak_gib": 3.0, "gradient_norm": 0.5,
              "evaluate/knn/top1": 0.25, "skipped_steps": 0, "note": "text", "broken": float("nan")}  # fmt: skip
     lines = [json.dumps({"step": step, **entry}) for step in (1, 2, 3)]
     (folder / "log.jsonl").write_text("\n".join(lines))
     page = Page(write_report(folder))
-    assert "Where a step's time goes 120 ms" in page.parts["speed"]
-    assert "student 75 % 90 ms" in page.parts["speed"]
-    assert "Memory peak, GiB3 → 3" in page.parts["speed"]
+    assert "Peak memory, GiB3 → 3" in page.parts["speed"] and "memory" not in page.parts["others"].lower()
     for shown in ("Gradient norm", "Skipped steps", "EvaluateKnn: top1"):
         assert shown in page.parts["others"]
     assert not {"Note", "Broken"} & set(re.findall(r"[A-Z][a-z]+", page.parts["others"]))
