@@ -164,16 +164,16 @@ class Evaluation:
 def run_zero_shot(work: Evaluation) -> dict[str, Any]:
     """Zero-shot over the class names that occur in the samples, or over all that `evaluate.classes` gives.
 
-    Classes of one name are one: ImageNet has two called missile and two called sunglasses; nothing tells them apart.
+    Classes of one name stay apart, as in open_clip's evaluation, whose numbers ours are to be compared with: ImageNet
+    has two called missile and two called sunglasses, and the first of them is what is found.
     """
     work.require_joint("zero-shot")
     settings = work.config.evaluate
     labels = labels_of(work.data.named_labels, settings.class_key)
     by_label = class_names(labels, settings.classes)
-    names = list(dict.fromkeys(by_label.values()))
-    require_several(names, "zero-shot", settings.class_key)
-    weights = class_weights(work.embed, names, settings.templates)
-    return zero_shot(image_embeddings(work.towers, work.data.last), weights, [by_label[x] for x in labels], names)
+    require_several(list(by_label), "zero-shot", settings.class_key)
+    weights = class_weights(work.embed, list(by_label.values()), settings.templates)
+    return zero_shot(image_embeddings(work.towers, work.data.last), weights, labels, list(by_label))
 
 
 def run_retrieval(work: Evaluation) -> dict[str, Any]:

@@ -204,16 +204,6 @@ def test_folders_of_classes_serve_every_task(
         evaluate_run(run_folder, ["zero-shot"], [f"evaluate.data={only.parent}"])
 
 
-def test_classes_of_one_name_are_one(run_folder: Path, folders: Path) -> None:
-    """Two classes called missile cannot be told apart: either answer is right."""
-    found = []
-    for names in ("missile\nmissile\nhorse\n", "horse\nhorse\nmissile\n"):
-        (folders / "names.txt").write_text(names)
-        settings = [f"evaluate.data={folders / 'test'}", f"evaluate.classes={folders / 'names.txt'}"]
-        found.append(evaluate_run(run_folder, ["zero-shot"], settings)["zero_shot"]["top1"])
-    assert sum(found) == pytest.approx(1)  # who is right with the one names is wrong with the others
-
-
 def test_pictures_are_let_go_once_encoded(run_folder: Path, picture: Callable[..., Image.Image]) -> None:
     """A set may be larger than memory: what tars and .beton files yield holds the file's bytes."""
     config, towers, _ = load_towers(run_folder, ["evaluate.batch_size=2", "evaluate.workers=1"])
