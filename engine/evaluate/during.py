@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+
 from ..build import count_micro_batches
 from ..config import RunConfig
 from ..distributed import Ranks

@@ -131,9 +131,7 @@ class _Encoded(NamedTuple):
 
 
 @torch.inference_mode()
-def _encoded(
-    encoder: ImageEncoder, batches: Iterable[list[tuple[Picture, Tensor]]], blocks: int
-) -> Iterator[_Encoded]:
+def _encoded(encoder: ImageEncoder, batches: Iterable[list[tuple[Picture, Tensor]]], blocks: int) -> Iterator[_Encoded]:
     for batch in batches:
         images = torch.stack([image for _, image in batch]).to(encoder.cls_token, non_blocking=True)
         last = encoder.last_blocks(images, blocks)
