@@ -7,6 +7,7 @@ Where asked for: whole blocks, which keep their input alone (activation checkpoi
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 Make = Callable[[Tensor], Tensor]
 """A function of a tensor that is cheap to compute; what else it needs, it holds without a graph"""
+_CHECKPOINTED = ContextVar("_CHECKPOINTED", default=False)
+"""Whether the block that runs is computed again as a whole: then nothing in it is to be made a third time"""
 
 
 class Linear(nn.Linear):
@@ -31,9 +34,12 @@ def linear_of(made: Tensor, source: Tensor | None, make: Make | None, weight: Te
     """made W^T + b, where made = make(source) [T, D] is not kept for the backward pass but made again there.
 
     Whatever makes it keeps its source [T, D] in any case, so that only made is saved: D numbers a token behind a norm,
-    4 D behind an MLP's activation function. Under `torch.compile` nothing is done: its partitioner decides.
+    4 D behind an MLP's activation function. Under `torch.compile` nothing is done: its partitioner decides. Nor in a
+    checkpointed block, whose recomputation ends with the last input that is kept: without this layer's product.
     """
     if source is None or make is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return F.linear(made, weight, bias)
+    if _CHECKPOINTED.get():
         return F.linear(made, weight, bias)
     return _LinearOf.apply(made, source.detach(), make, weight, bias)
 
@@ -68,5 +74,13 @@ def run_block(block: nn.Module, index: int, every: int, x: Tensor, *arguments: o
     Nothing in a block draws random numbers (stochastic depth comes in as an argument), so no generator is kept.
     """
     if every and index % every == 0 and x.requires_grad:
-        return checkpoint(block, x, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(_checkpointed, block, x, *arguments, use_reentrant=False, preserve_rng_state=False)
     return block(x, *arguments)
+
+
+def _checkpointed(block: nn.Module, x: Tensor, *arguments: object) -> Tensor:
+    before = _CHECKPOINTED.set(True)
+    try:
+        return block(x, *arguments)
+    finally:
+        _CHECKPOINTED.reset(before)
