@@ -151,7 +151,7 @@ class Evaluation:
             raise UserError(f"this run cannot do {task}: evaluate.bank names no labelled samples to learn from")
 
     def agreeing(self, task: str, bank: Labelled, data: Labelled) -> tuple[list[str], list[str]]:
-        """`evaluate.group_key` of two sets. Raises UserError where they have no label in common, or there is one class."""
+        """`evaluate.group_key` of two sets. Raises UserError if they have no label in common, or one class alone."""
         key = self.config.evaluate.group_key
         known, asked = labels_of(bank, key), labels_of(data, key)
         require_several(known, task, key)
