@@ -95,7 +95,7 @@ def test_predicted_peaks_are_those_of_steps(tmp_path: Path) -> None:
 def test_a_rival_that_runs_out_of_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it is the system that ends it; the others are then timed alone."""
     config = parse_config(tiny_config(), "the test")
-    options = argparse.Namespace(profile=False, rounds=2, seconds=1.0)
+    options = argparse.Namespace(profile=False, rounds=1, seconds=1.0)
     with pytest.raises(RuntimeError, match="exit status 3"):
         measure_all({"it": Contender(Leaves, config, 1)}, options)
     for make in (Killed, Full):
