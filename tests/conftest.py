@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 import yaml
 from commands import ROOT, run
-from hypothesis import settings
+from hypothesis import Phase, settings
 from PIL import Image
 from tiny import tiny_config
 
 # The first call of anything may compile or import; machines are shared. No test here is about time.
 settings.register_profile("harmony-fast", deadline=None)
 settings.load_profile("harmony-fast")
+# For scripts/mutants.py: whether there is a failure, not the smallest.
+settings.register_profile("first-failure", deadline=None, phases=[Phase.explicit, Phase.generate], database=None)
 
 Files = list[tuple[str, bytes]]
 

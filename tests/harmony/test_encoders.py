@@ -8,7 +8,7 @@ import timm
 import torch
 from harmony_fast.harmony.image_encoder import ImageConfig, ImageEncoder, patchify, unpatchify
 from harmony_fast.harmony.packing import lay_out_captions, pack_dense, unpack_dense
-from harmony_fast.harmony.text_encoder import TextConfig, TextEncoder
+from harmony_fast.harmony.text_encoder import CaptionFeatures, TextConfig, TextEncoder
 from harmony_fast.harmony.views import View, Views, ViewsConfig, draw_views
 from hypothesis import given
 from hypothesis import strategies as st
@@ -123,6 +123,44 @@ def test_packed_captions_equal_padded_ones(lengths: list[int], whole: bool) -> N
         torch.testing.assert_close(first_view[first : last + 1], padded[i, :length], rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(first_view, second_view, rtol=1e-9, atol=1e-10)
     assert first_view.shape[0] == (12 * len(lengths) if whole else sum(lengths))
+
+
+def test_places_of_padded_captions_are_found_in_the_pack() -> None:
+    lengths = torch.tensor([3, 12, 2, 7])
+    layout = lay_out_captions(lengths, 12)
+    features = CaptionFeatures(layout.source[:, None], layout.layout, layout.first, layout.last)
+    places = (torch.arange(12) < lengths[:, None]).flatten().nonzero()[:, 0]
+    assert torch.equal(features.at(places, 12)[:, 0], places)
+    assert torch.equal(layout.position, layout.source % 12)
+    assert torch.equal(layout.source[layout.last], torch.arange(4) * 12 + lengths - 1)
+
+
+def spread(parameter: Tensor, std: float) -> bool:
+    """Whether the standard deviation is as expected, up to what chance allows at this number of values."""
+    return abs(float(parameter.detach().std(correction=0)) / std - 1) < 4 * (2 * parameter.numel()) ** -0.5
+
+
+def test_initial_weights_of_the_image_tower() -> None:
+    torch.manual_seed(0)
+    for init in ("normal", "xavier"):
+        encoder = ImageEncoder(ImageConfig(width=64, depth=2, heads=2, patch_size=8, init=init), 32, 24, masked=True)
+        for block in encoder.blocks:
+            for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+                xavier = (2 / (layer.in_features + layer.out_features)) ** 0.5
+                assert spread(layer.weight, xavier if init == "xavier" else 0.02) and not layer.bias.any()
+        assert spread(encoder.cls_token, 0.02) and spread(encoder.pos_embed, 0.02) and not encoder.masked_embed.any()
+        assert spread(encoder.contrastive_projection, 64**-0.5)
+
+
+def test_initial_weights_of_the_text_tower_are_clips() -> None:
+    torch.manual_seed(0)
+    text = TextEncoder(TextConfig(width=64, depth=8, heads=2, context=12, vocabulary=50), 24)
+    assert spread(text.token_embedding.weight, 0.02) and spread(text.positional_embedding, 0.01)
+    assert spread(text.text_projection, 64**-0.5)
+    for block in text.transformer.resblocks:
+        assert spread(block.attn.in_proj_weight, 64**-0.5) and spread(block.mlp.c_fc.weight, 128**-0.5)
+        assert spread(block.attn.out_proj.weight, 1024**-0.5) and spread(block.mlp.c_proj.weight, 1024**-0.5)
+        assert not block.attn.in_proj_bias.any() and not block.attn.out_proj.bias.any()
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9)), min_size=1, max_size=5))

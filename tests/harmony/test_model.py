@@ -1,10 +1,15 @@
 """The model as a whole: what is built, what is learned, what does not depend on the batch."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
+from harmony_fast.harmony.heads import sincos_positions
 from harmony_fast.harmony.model import Harmony, MethodConfig, StepOutput
 from harmony_fast.harmony.objectives import REGISTRY, Collectives
-from harmony_fast.harmony.objectives.base import Center
+from harmony_fast.harmony.objectives.base import Center, feature_std
+from harmony_fast.harmony.objectives.contrastive import accuracy
 from harmony_fast.harmony.schedules import Clock, ramp_cosine, ramp_linear, warmup_cosine
 from harmony_fast.harmony.teacher import twins
 from harmony_fast.harmony.views import Views, draw_views
@@ -126,6 +131,41 @@ def test_by_default_the_pixel_decoder_can_tell_positions_apart(tiny: dict) -> No
         prediction = model.objectives["reconstruction"].predict(features, views)
         spread = (prediction - prediction[:, :, :1]).abs().max()
         assert (spread > 1e-3) == differ
+
+
+def test_positions_of_the_pixel_decoder_are_maes() -> None:
+    table = sincos_positions(9, 8)
+    assert table.shape == (1, 10, 8) and table.dtype == torch.float32 and not table[0, 0].any()
+    for patch in range(9):
+        expected = [wave(place * rate) for place in (patch % 3, patch // 3)
+                    for wave in (math.sin, math.cos) for rate in (1, 0.01)]  # fmt: skip
+        torch.testing.assert_close(table[0, 1 + patch], torch.tensor(expected))
+    with pytest.raises(ValueError, match="width 6 is not divisible by 4"):
+        sincos_positions(9, 6)
+
+
+def test_prototypes_alone_are_frozen_and_only_where_asked_for(tiny: dict) -> None:
+    model = build(tiny)
+    ((parameters, epochs),) = model.frozen_parameters()
+    assert parameters == [model.student.heads["self_distillation"].last_layer.weight_v] and epochs == 1
+    tiny["objectives"]["self_distillation"] |= {"freeze_last_layer": 2, "patch_prototypes": 8}
+    ((parameters, epochs),) = build(tiny).frozen_parameters()
+    assert [len(p) for p in parameters] == [64, 8] and epochs == 2
+
+
+def test_logged_numbers_are_what_they_say(tiny: dict) -> None:
+    """Accuracy among texts of other ranks too; the entropy of the teacher; the spread of vectors."""
+    texts = torch.eye(6)
+    assert accuracy(texts[[2, 3, 0, 5]], texts, 2) == 0.75
+    vectors = F.normalize(torch.randn(2, 5, 7), dim=-1)
+    expected = vectors.flatten(0, 1).var(0, correction=0).sum().sqrt()
+    torch.testing.assert_close(feature_std(vectors), {"feature_std": expected})
+    assert feature_std(vectors[:1, :3]) == {} and set(feature_std(vectors[:1, :4])) == {"feature_std"}
+    objective, layer = build(tiny).objectives["self_distillation"], torch.nn.Linear(7, 64, bias=False)
+    objective.class_center.value.normal_()
+    scores = (vectors @ layer.weight.T - objective.class_center.value) / 0.2
+    entropy = torch.distributions.Categorical(logits=scores).entropy().mean()
+    torch.testing.assert_close(objective.entropy(vectors, lambda: layer.weight, 0.2), entropy.detach())
 
 
 def test_center_moves_by_the_mean_of_all_that_was_taken_in() -> None:

@@ -11,6 +11,7 @@ from harmony_fast.engine.config import REFERENCE_COMPAT, RunConfig, parse_config
 from harmony_fast.engine.optimizer import parameter_groups
 from harmony_fast.harmony.model import Harmony
 from harmony_fast.harmony.objectives import Collectives
+from harmony_fast.harmony.packing import lay_out_captions
 from harmony_fast.harmony.schedules import Clock
 from harmony_fast.harmony.views import Views, draw_views, pixel_ratio
 
@@ -87,11 +88,17 @@ def patch_center(tiny: dict) -> None:
 
 
 def text_center(tiny: dict) -> None:
-    """The mean of probabilities is about 1 / K and does not center; the mean of logits does."""
+    """The mean of probabilities, padding too, is about 1 / K and does not center; the mean of logits does."""
     name = "objectives.text_distillation.center.value"
     theirs, ours = (centers_after_a_step(model)[name] for model in models(tiny))
     assert float(theirs.sum()) == pytest.approx(0.1, rel=1e-4) and (theirs > 0).all()
     assert (ours < 0).any() and float(ours.std()) > float(theirs.std())
+    model = models(tiny)[0]
+    teacher, tokens = model.teacher, views_of(model).tokens
+    words = teacher.text.encode(tokens[None], lay_out_captions(torch.full((len(tokens),), 16), 16))
+    temperature = model.objectives["text_distillation"].teacher_temperature(CLOCK)
+    probabilities = (teacher.heads["text_distillation"](words) / temperature).softmax(-1)
+    torch.testing.assert_close(theirs, 0.1 * probabilities.mean(0))
 
 
 def decoder_positions(tiny: dict) -> None:

@@ -1,4 +1,6 @@
 import json
+import math
+from itertools import count as counting
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,28 @@ def test_crops_have_the_areas_and_ratios_asked_for() -> None:
     assert ratio.min() > 0.74 and ratio.max() < 1.35 and abs(ratio.log().mean()) < 0.02
 
 
+def crop_by_hand(numbers: list[float], height: int, width: int, scale: tuple, aspect: tuple) -> list[int]:
+    """Top, left, height, width, from four numbers an attempt."""
+    for i in range(0, len(numbers), 4):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * numbers[i])
+        ratio = aspect[0] * (aspect[1] / aspect[0]) ** numbers[i + 1]
+        w, h = (math.floor(math.sqrt(x) + 0.5) for x in (area * ratio, area / ratio))
+        if 1 <= w <= width and 1 <= h <= height:
+            return [math.floor(numbers[i + 2] * (height - h + 1)), math.floor(numbers[i + 3] * (width - w + 1)), h, w]
+    w = math.floor(height * aspect[1] + 0.5) if width / height > aspect[1] else width
+    h = math.floor(width / aspect[0] + 0.5) if width / height < aspect[0] else height
+    return [(height - h) // 2, (width - w) // 2, h, w]
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 48), (9, 50), (50, 9), (3, 700), (701, 4), (1, 1)])
+@pytest.mark.parametrize("scale", [(0.05, 0.32), (0.7, 1.0)])
+def test_crops_are_those_of_the_written_out_draw(height: int, width: int, scale: tuple) -> None:
+    keys, aspect = sample_keys(2, 0, index[:30], Purpose.CROP), (0.6, 4 / 3)
+    found = crop_boxes(keys, torch.full((30,), height), torch.full((30,), width), 2, scale, aspect)
+    numbers = uniform(split(keys, 2), 40).flatten(0, 1).tolist()
+    assert found.flatten(0, 1).tolist() == [crop_by_hand(n, height, width, scale, aspect) for n in numbers]
+
+
 STORED = json.loads((GOLDEN / "schedules_a.json").read_text())["block_masks"]
 
 
@@ -83,6 +107,38 @@ def test_block_masks_have_the_reference_statistics(expected: dict) -> None:
     assert abs(pairs / grid.sum() - expected["mean_side_neighbour_pairs_per_masked_patch"]) < 0.03
     frequency = torch.tensor(expected["per_position_masked_frequency"])
     assert (grid.float().mean(0) - frequency).abs().max() < 0.02
+
+
+def block_mask_by_hand(key: torch.Tensor, side: int, ratios: tuple, spreads: tuple, aspect: float) -> list[list[bool]]:
+    """Rectangles one after the other."""
+    start, rounds = split(key, 2)
+    which, spread = uniform(start, 2).tolist()
+    choice = int(which * len(ratios))
+    goal = int((ratios[choice] + spreads[choice] * (2 * spread - 1)) * side * side)
+    mask, failures = torch.zeros(side, side, dtype=torch.bool), 0
+    for attempt in counting():
+        missing = goal - int(mask.sum())
+        if missing <= 0 or failures == 10:
+            return mask.tolist()
+        u = uniform(rounds + attempt, 4).tolist()
+        smallest = (side // 3) ** 2
+        area, ratio = max(0, smallest + u[0] * (missing - smallest)), aspect ** (1 - 2 * u[1])
+        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        top, left = int(u[2] * (side - h + 1)), int(u[3] * (side - w + 1))
+        both = mask.clone()
+        both[top : top + h, left : left + w] = True
+        failures += 1
+        if h < side and w < side and mask.sum() < both.sum() <= goal:
+            mask, failures = both, 0
+
+
+@pytest.mark.parametrize(("side", "ratios", "spreads", "aspect"), [
+    (6, (0.0, 0.3), (0.0, 0.2), 0.3), (7, (0.9,), (0.1,), 0.05), (4, (0.5, 0.2, 0.7), (0.1, 0.2, 0.3), 1.0),
+])  # fmt: skip
+def test_block_masks_are_those_of_the_written_out_draw(side: int, ratios: tuple, spreads: tuple, aspect: float) -> None:
+    keys = sample_keys(3, 0, index[:25], Purpose.BLOCK_MASK)
+    found = block_masks(keys, side, ratios, spreads, aspect).unflatten(1, (side, side))
+    assert found.tolist() == [block_mask_by_hand(key, side, ratios, spreads, aspect) for key in keys]
 
 
 def test_a_block_mask_does_not_depend_on_its_batch() -> None:

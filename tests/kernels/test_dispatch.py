@@ -32,6 +32,7 @@ def test_cpu_takes_torch_and_says_why(operation: str) -> None:
     ("capability", "dtype", "backend", "reason"),
     [
         ((9, 0), torch.bfloat16, "triton", "CUDA tensors"),
+        ((8, 0), torch.float16, "triton", "CUDA tensors"),
         ((7, 5), torch.float16, "torch", "capability 7.5"),
         ((8, 9), torch.float64, "torch", "not float64"),
     ],

@@ -1,3 +1,4 @@
+import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -119,6 +120,26 @@ def test_gradcheck(causal: bool) -> None:
             lambda q, k, v, mask=mask: masked_attention(q, k, v, offsets_of(lengths), 4, causal=causal, key_mask=mask),
             leaves,
         )
+
+
+@pytest.mark.parametrize("weights", [0, 150, 10**6])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_operators_gradients_some_sequences_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, weights: int, causal: bool, masked: bool
+) -> None:
+    """What the torch backend does under torch.compile, with at most so many attention weights stored."""
+    monkeypatch.setattr(importlib.import_module("harmony_fast.kernels.masked_attention"), "_DENSE_BACKWARD", weights)
+    lengths = [6, 6, 6, 0, 9, 6]
+    offsets, inputs, dout = offsets_of(lengths), tensors(lengths), tensors(lengths, seed=1)[0]
+    key_mask = key_masks(lengths, 5) if masked else None
+
+    def operator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.ops.harmony_fast.masked_attention(q, k, v, offsets, key_mask, 9, causal, 0.3)[0]
+
+    expected = run(reference, inputs, dout, offsets, causal=causal, key_mask=key_mask, scale=0.3)
+    for x, y in zip(run(operator, inputs, dout), expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
 
 
 def test_4096_tokens_by_torch(torch_backend: None) -> None:
@@ -274,6 +295,12 @@ def test_offsets_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     known = len(_attention_layout._layouts)
     del read[:], offsets
     assert len(_attention_layout._layouts) == known - 1
+
+
+def test_offsets_on_a_device_are_known_by_their_version() -> None:
+    layout, elsewhere = Layout(offsets_of([9, 3])), torch.empty(3, dtype=torch.int32, device="meta")
+    assert layout.holds_for(elsewhere)
+    assert not layout.holds_for(elsewhere.add_(1))
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
