@@ -1,7 +1,8 @@
 """Change one thing at a time in harmony/ and kernels/, and see whether a test fails: `python scripts/mutants.py -h`.
 
 A copy of the project is changed, never the project. Every mutant is tried in a fork of this process, which has PyTorch
-imported already, by the tests that concern its file: the quick ones, then, if it survives, the slow ones.
+imported already, by the tests that concern its file, and one of harmony/ that survives them by more. Its outcome is the
+test that caught it, or "survived". In the file of `--json`, write "equivalent: why" if it makes no difference.
 
 Left out are what no test should hold: annotations, decorators, messages of errors, tiles and other settings of speed,
 and the lists of what is compiled ahead of time, which `bench aot` checks.
@@ -16,6 +17,7 @@ import importlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -197,16 +199,18 @@ def outcome(tree: Path, tests: list[str], seconds: float) -> str:
     try:
         while status is None and time.monotonic() < end:
             time.sleep(0.05)
-            ended, found = os.waitpid(pid, os.WNOHANG)
-            status = found if ended else None
+            ended, code = os.waitpid(pid, os.WNOHANG)
+            status = code if ended else None
     finally:
         if status is None:
             os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
     if status == 0:
         return "survived"
-    failed = [line for line in report.read_text(errors="replace").splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return "time is over" if status is None else failed[0].split()[1] if failed else "its process died"
+    if status is None:
+        return "time is over"
+    found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", report.read_text(errors="replace"), re.MULTILINE)
+    return found[1] if found else "its process died"
 
 
 def copy_project(tree: Path) -> None:
@@ -275,13 +279,14 @@ def main() -> None:
     given = parser.parse_args()
     paths = sorted(str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
     every = {file: mutants(file, (ROOT / file).read_text()) for file in paths}
+    known = json.loads(given.json.read_text())["mutants"] if given.json and given.json.exists() else {}
+    outcomes = {name: known[name] for own in every.values() for name in map(str, own) if name in known}
     if given.files:
         every = {f: [m for m in own if {f, f"{f}:{m.line}"} & set(given.files)] for f, own in every.items()}
-    known = json.loads(given.json.read_text())["mutants"] if given.json and given.json.exists() else {}
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # the copy is removed
     for name in WARM:
         importlib.import_module(name)
-    outcomes = {name: known[name] for own in every.values() for name in map(str, own) if name in known}
     with tempfile.TemporaryDirectory() as folder:
         copy_project(Path(folder))
         trial = Trial(Path(folder))
@@ -291,7 +296,7 @@ def main() -> None:
                 outcomes[name] = trial.judge(mutant, given.quick)
                 print(f"{name}\n    {outcomes[name]}", flush=True)
             if given.json:
-                kept = {"date": str(date.today()), "folders": shares(outcomes), "mutants": outcomes}
+                kept = {"date": str(date.today()), "commit": commit, "folders": shares(outcomes), "mutants": outcomes}
                 given.json.write_text(json.dumps(kept, indent=1) + "\n")
     print(json.dumps(shares(outcomes), indent=1))
 
