@@ -24,6 +24,7 @@ from rich.console import Console
 from ..engine.backends import DTYPES
 from ..engine.config import RunConfig, load_config, with_overrides
 from ..engine.data.views import StepViews
+from ..engine.errors import UserError
 from ..engine.half_on_cpu import ProductsInFloat, products_for
 from ..engine.host_memory import host_memory
 from ..harmony.views import Views
@@ -70,10 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = options.out or results_folder()
     folder.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    report: dict[str, Any] = {
-        "machine": describe_machine(), "device": device.type, "rounds": options.rounds, "cases": [],
-        "left_out": [],
-    }  # fmt: skip
+    machine = describe_machine()
+    report: dict[str, Any] = {"machine": machine, "device": device.type, "cases": [], "left_out": []}
+    if options.add and (folder / "step.json").is_file():
+        report = added_to(json.loads((folder / "step.json").read_text(encoding="utf-8")), report)
     for kind in options.only or ("step", "clip"):
         for tower in options.tower:
             for micro in options.micro:
@@ -82,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     if why := _obstacle(precision, device):
                         report["left_out"].append(f"{named}: {why}")
                         continue
-                    report["cases"].append(measure_case(kind, tower, micro, precision, device, options))
+                    case = measure_case(kind, tower, micro, precision, device, options)
+                    report["cases"].append({**case, "commit": machine["commit"]})
                     show(report["cases"][-1], console)
                     # After each: what was measured stays if the machine is taken away.
                     (folder / "step.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -92,6 +94,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plot(report, folder / "step.png")
         console.print(f"results in {folder}", soft_wrap=True)
     return 0 if all(case["right"] for case in report["cases"]) else 1
+
+
+def added_to(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Earlier results, to which cases are added. Raises UserError unless day, machine and versions are the same."""
+    differing = [k for k, v in now["machine"].items() if k != "commit" and before["machine"].get(k) != v]
+    if differing or before["device"] != now["device"]:
+        raise UserError(f"--add: what was measured before differs in {', '.join(differing or ['device'])}")
+    return before
 
 
 def _obstacle(precision: str, device: torch.device) -> str | None:
@@ -236,6 +246,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15 if gpu else 3, help="timed steps (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=1e9, help="end a case after so long and three rounds")
     parser.add_argument("--profile", action="store_true", help="the operators that take longest, and gaps between them")
+    parser.add_argument("--add", action="store_true", help="keep what was measured here today, and add to it")
     parser.add_argument("--out", type=Path, help="folder for step.json and step.png")
     options = parser.parse_args(arguments)
     if min(options.micro) < 2:

@@ -77,6 +77,10 @@ def test_one_packed_pass_equals_one_pass_per_view(encoder: ImageEncoder) -> None
     for view, count in request.items():
         alone = encoder(views, {view: count})[view]
         torch.testing.assert_close(together[view], alone, rtol=1e-9, atol=1e-10)
+    unseen = replace(views, global_crops=torch.empty(0))  # local crops need no global ones
+    torch.testing.assert_close(
+        encoder(unseen, {View.LOCAL: 3})[View.LOCAL], together[View.LOCAL], rtol=1e-9, atol=1e-10
+    )
     plain = encoder.features(views.global_crops[0])
     torch.testing.assert_close(together[View.GLOBAL_PLAIN][0], plain, rtol=1e-9, atol=1e-10)
     assert together[View.LOCAL].shape == (3, 4, 5, 32)

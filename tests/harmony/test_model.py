@@ -168,6 +168,18 @@ def test_logged_numbers_are_what_they_say(tiny: dict) -> None:
     torch.testing.assert_close(objective.entropy(vectors, lambda: layer.weight, 0.2), entropy.detach())
 
 
+def test_accuracy_of_masked_words(tiny: dict) -> None:
+    tiny["views"]["caption_mask_ratio"] = 0.5
+    model = build(tiny)
+    words = views_of(model).tokens.flatten()[views_of(model).caption_index]
+    head = model.objectives["masked_language"].decoder.head
+    with torch.no_grad():  # every guess is the first masked word
+        head.weight.zero_()
+        head.bias.zero_()[words[0]] = 1
+    share = (words == words[0]).float().mean()
+    assert len(words) > 4 and losses(model).metrics["masked_language/accuracy"] == share
+
+
 def test_center_moves_by_the_mean_of_all_that_was_taken_in() -> None:
     center, outputs = Center(4, 0.9), torch.randn(10, 4)
     for part in outputs.split([3, 7]):

@@ -33,6 +33,7 @@ def test_mix_is_splitmix64() -> None:
         signed = state - 2**64 if state >> 63 else state
         outputs.append(int(mix(torch.tensor(signed))) % 2**64)
     assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert [key % 2**64 for key in split(torch.tensor(1234567), 3).tolist()] == outputs
 
 
 def test_draws_are_uniform_and_independent_of_their_company() -> None:
@@ -87,6 +88,12 @@ def test_crops_are_those_of_the_written_out_draw(height: int, width: int, scale:
     found = crop_boxes(keys, torch.full((30,), height), torch.full((30,), width), 2, scale, aspect)
     numbers = uniform(split(keys, 2), 40).flatten(0, 1).tolist()
     assert found.flatten(0, 1).tolist() == [crop_by_hand(n, height, width, scale, aspect) for n in numbers]
+
+
+def test_a_range_may_be_one_number() -> None:
+    assert ViewsConfig(global_scale=(0.5, 0.5)).global_scale == (0.5, 0.5)
+    with pytest.raises(ValueError, match=r"lower bound 0\.6 is above"):
+        ViewsConfig(global_scale=(0.6, 0.5))
 
 
 STORED = json.loads((GOLDEN / "schedules_a.json").read_text())["block_masks"]
