@@ -2,9 +2,9 @@
 
 Each case is a tower, a number of samples and a precision. All rivals start from the same seed and get the same
 samples; the baseline's losses are held against ours. On a CPU ours goes through a step in eight micro-batches, with the
-contrast of all samples. Peak memory, breakdown and profile come from steps that are not
-timed; the timed steps alternate, each rival in a process of its own. Memory is what torch has allocated on a GPU, and
-the counted bytes of live tensors on a CPU. Writes step.json and step.png to bench/results/<machine>/.
+contrast of all samples. Peak memory, breakdown and profile come from steps that are not timed; the timed steps
+alternate, each rival in a process of its own. Memory is what torch has allocated on a GPU, and the counted bytes of
+live tensors on a CPU. Writes step.json and step.png to bench/results/<machine>/.
 """
 
 from __future__ import annotations

@@ -37,15 +37,16 @@ def linear_of(made: Tensor, source: Tensor | None, make: Make | None, weight: Te
     4 D behind an MLP's activation function. Under `torch.compile` nothing is done: its partitioner decides. Nor in a
     checkpointed block, whose recomputation ends with the last input that is kept: without this layer's product.
     """
-    if source is None or make is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return F.linear(made, weight, bias)
-    if _CHECKPOINTED.get():
+    as_it_is = torch.compiler.is_compiling() or _CHECKPOINTED.get() or not torch.is_grad_enabled()
+    if as_it_is or source is None or make is None:
         return F.linear(made, weight, bias)
     return _LinearOf.apply(made, source.detach(), make, weight, bias)
 
 
-def again(norm: nn.LayerNorm) -> Make:
-    """The norm as a function without a graph."""
+def again(norm: nn.LayerNorm) -> Make | None:
+    """The norm as a function without a graph; None where its parameters are sharded and not here any more."""
+    if norm.weight.shape != norm.normalized_shape:
+        return None
     shape, weight, bias, eps = norm.normalized_shape, norm.weight.detach(), norm.bias.detach(), norm.eps
     return lambda x: F.layer_norm(x, shape, weight, bias, eps)
 

@@ -18,6 +18,7 @@ from harmony_fast.bench.step import (
     LARGEST_DIFFERENCE,
     OURS,
     Contender,
+    added_to,
     compared,
     configured,
     measure_all,
@@ -27,6 +28,7 @@ from harmony_fast.bench.step import (
 from harmony_fast.bench.step_rivals import PARTS, count_open_clip, made_samples
 from harmony_fast.bench.timing import Stopwatch
 from harmony_fast.engine.config import parse_config
+from harmony_fast.engine.errors import UserError
 from tiny import tiny_config
 
 TINY = [
@@ -139,6 +141,16 @@ def test_losses_that_differ_are_no_success() -> None:
     for factor, right in ((1 + LARGEST_DIFFERENCE["fp32"] / 2, True), (1.01, False), (float("nan"), False)):
         results = {OURS: result(factor), "four passes": result(1.0)}
         assert compared("step", "fp32", torch.device("cpu"), results)["right"] == right
+
+
+def test_cases_are_added_to_those_of_the_same_machine_alone() -> None:
+    now = {"machine": {"date": "2026-01-02", "cores": 2, "commit": "b"}, "device": "cpu", "cases": []}
+    before = {"machine": {**now["machine"], "commit": "a"}, "device": "cpu", "cases": ["measured"]}
+    assert added_to(before, now) is before
+    with pytest.raises(UserError, match="differs in cores"):
+        added_to({**before, "machine": {**before["machine"], "cores": 4}}, now)
+    with pytest.raises(UserError, match="differs in device"):
+        added_to({**before, "device": "cuda"}, now)
 
 
 def test_captions_are_as_long_as_cc3ms() -> None:
