@@ -1,4 +1,5 @@
-"""Operations of matrix products that a step does, counted on the meta device: the same counter for every rival."""
+"""Operations of a step's matrix products, and bytes at its peak, counted on the meta device: the same counter for every
+rival."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from ..engine.build import build_model
 from ..engine.config import RunConfig
@@ -73,3 +76,32 @@ def _counting(config: RunConfig) -> Iterator[tuple[Harmony, LiveBytes]]:
         model = build_model(plain).train()
     with dispatch.preferring("auto"):
         yield model, LiveBytes("meta")
+
+
+def baseline_peak(config: RunConfig) -> float:
+    """The four passes' peak: what AdamW in fp32 holds, as ours does, and what is alive in the passes."""
+    with torch.device("meta"):
+        model = build_model(config.model_copy(update={"compile": False})).train()
+    passes = FourPass(model, config)
+    live = LiveBytes("meta")
+    live.watch(passes.model)  # weights are counted by themselves
+    with live, _attention_as_on_a_cpu():
+        passes.gradient(imagined_views(config), CLOCK)
+    own = [*passes.model.parameters(), *passes.model.buffers()]
+    moments = 2 * sum(p.nbytes for p in passes.model.parameters() if p.requires_grad)
+    return sum(t.nbytes for t in own) + moments + live.peak
+
+
+@contextmanager
+def _attention_as_on_a_cpu() -> Iterator[None]:
+    """PyTorch's attention, which text towers call, keeps no maps on a CPU; on the meta device it would be composed."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_: object, **__: object) -> Tensor:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=attn_mask)[0]
+
+    before = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = attend  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = before

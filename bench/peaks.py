@@ -11,23 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 
-from ..engine.build import build_model
-from ..engine.config import RunConfig, with_overrides
-from ..engine.live_bytes import LiveBytes
+from ..engine.config import with_overrides
 from ..engine.memory import predict
-from .baseline import FourPass
-from .counts import CLOCK, imagined_views
+from .counts import baseline_peak
 from .machine import RESULTS
 from .step import BASELINE, OURS, configured
 
@@ -66,35 +59,6 @@ def case(tower: str, size: int, overrides: Sequence[str]) -> dict[str, Any]:
         for name, settings in WAYS.items() if size > MICRO or "micro_batch" not in " ".join(settings)
     }  # fmt: skip
     return {"tower": tower, "batch": size, "peaks": {**peaks, BASELINE: baseline_peak(config)}}
-
-
-def baseline_peak(config: RunConfig) -> float:
-    """The four passes' peak: what AdamW in fp32 holds, as ours does, and what is alive in the passes."""
-    with torch.device("meta"):
-        model = build_model(config.model_copy(update={"compile": False})).train()
-    passes = FourPass(model, config)
-    live = LiveBytes("meta")
-    live.watch(passes.model)  # weights are counted by themselves
-    with live, _attention_as_on_a_cpu():
-        passes.gradient(imagined_views(config), CLOCK)
-    own = [*passes.model.parameters(), *passes.model.buffers()]
-    moments = 2 * sum(p.nbytes for p in passes.model.parameters() if p.requires_grad)
-    return sum(t.nbytes for t in own) + moments + live.peak
-
-
-@contextmanager
-def _attention_as_on_a_cpu() -> Iterator[None]:
-    """PyTorch's attention, which text towers call, keeps no maps on a CPU; on the meta device it would be composed."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_: object, **__: object) -> Tensor:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=attn_mask)[0]
-
-    before = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = attend  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = before
 
 
 def table(report: dict[str, Any]) -> str:

@@ -59,8 +59,8 @@ class Apart:
         return self._ask(profile)
 
     def turn(self, crowded: bool) -> float:
-        """Milliseconds of a step, to its end. crowded: give back afterwards what it took, for the others' turns; after
-        that, and in the first turn, a step that is not timed comes first."""
+        """Milliseconds of a step, to its end. crowded: begin with a step that is not timed, and give back afterwards
+        what it took, for the others' turns."""
         return self._ask(crowded)
 
     def _ask(self, question: object) -> Any:
@@ -85,15 +85,14 @@ def _serve(make: Make, config: RunConfig, pipe: Connection) -> None:
     try:
         rival, found = examine(lambda: make(config, batch, ranks), ranks.device, profile=pipe.recv())
         pipe.send(found)
-        cold = True
+        release(ranks.device)
         while True:
-            if cold:
-                release(ranks.device)
             crowded = pipe.recv()
-            if cold:
+            if crowded:
                 rival.step()
             pipe.send(measure(rival.step, ranks.device))
-            cold = crowded
+            if crowded:
+                release(ranks.device)
     except torch.OutOfMemoryError as error:
         pipe.send(error)
 

@@ -3,13 +3,14 @@
 packed: one pass per micro-batch over all views. split: one pass, with a backward pass of its own, for each group of
 objectives that share no view, so that the activations of one group are held at a time; the teacher pass is shared.
 Objectives that compare samples see all micro-batches at once (GradCache, Gao et al. 2021): their embeddings are made
-first without a graph, the loss and its gradient with respect to them are taken once, and each micro-batch passes its
-part of that gradient on. The gradient is the same, to rounding, in every mode and for any number of micro-batches.
+first, without a graph but for one micro-batch, the loss and its gradient with respect to them are taken once, and each
+micro-batch passes its part of that gradient on. The gradient is the same, to rounding, in every mode and for any number
+of micro-batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol, TypeVar, cast
 
 import torch
@@ -53,23 +54,42 @@ def accumulate(zero: Runner, step: MicroBatches, clock: Clock, ranks: Collective
     """Add up the gradient of one step. Returns the losses, detached."""
     count, model = len(step), zero.model
     passes = model.passes() if split else [list(model.objectives)]
+    apart = [name for name, o in model.objectives.items() if o.compares_samples] if count > 1 else []
     outputs: list[StepOutput] = []
+
+    def forward(views: Views, shared: Taught, names: list[str]) -> StepOutput:
+        return zero.forward(lambda m: m.losses(views, shared, clock, ranks, names, apart))
+
+    def backward(output: StepOutput, pulled: Gradients, last: bool) -> None:
+        loss = output.loss / count
+        for name, own in output.apart.items():
+            loss = loss + sum((e * g).sum() for e, g in zip(own.student, pulled[name], strict=True))
+        zero.backward(loss, last)
+        outputs.append(StepOutput(loss.detach(), output.losses, output.metrics, {}))
+
     taught: list[Taught] = []
-    gradients: Sequence[Gradients | None] = [None] * count
-    if count > 1 and any(o.compares_samples for o in model.objectives.values()):
-        compared, taught, gradients = _compare(zero, step, clock, ranks)
+    embedded: list[dict[str, Embeddings]] = []
+    gradients: list[Gradients] = [{}] * count
+    whole: StepOutput | None = None
+    for k in range(count if apart else 0):
+        views = step[k]
+        taught.append(teach(zero, views))
+        if k < count - 1 or split:
+            embedded.append(embed(zero, views, taught[k], clock))
+        else:  # the last one's whole pass makes its embeddings as well, and waits for their gradient
+            whole = forward(views, taught[k], passes[0])
+            embedded.append(whole.apart)
+    if apart:
+        compared, gradients = _compare(zero, embedded, clock, ranks)
         outputs.append(compared)
-
-    def forward(views: Views, shared: Taught, names: list[str], pulled: Gradients | None) -> StepOutput:
-        return zero.forward(lambda m: m.losses(views, shared, clock, ranks, names, pulled))
-
-    for k in range(count):
+    if whole is not None:
+        backward(whole, gradients[-1], last=False)
+    ahead = count - (whole is not None)
+    for k in range(ahead):
         views = step[k]
         shared = taught[k] if taught else teach(zero, views)
         for names in passes:
-            output = forward(views, shared, names, gradients[k])
-            zero.backward(output.loss / count, last=k == count - 1 and names is passes[-1])
-            outputs.append(output)
+            backward(forward(views, shared, names), gradients[k], last=k == ahead - 1 and names is passes[-1])
     return _report(model, outputs)
 
 
@@ -78,34 +98,30 @@ def teach(zero: Runner, views: Views) -> Taught:
     return zero.forward(lambda m: m.teach(views))
 
 
+def embed(zero: Runner, views: Views, shared: Taught, clock: Clock) -> dict[str, Embeddings]:
+    """What one micro-batch gives to objectives that compare samples, without a graph."""
+    return zero.forward(lambda m: m.embeddings(views, shared, clock))
+
+
 def _compare(
-    zero: Runner, step: MicroBatches, clock: Clock, ranks: Collectives
-) -> tuple[StepOutput, list[Taught], list[Gradients]]:
+    zero: Runner, embedded: list[dict[str, Embeddings]], clock: Clock, ranks: Collectives
+) -> tuple[StepOutput, list[Gradients]]:
     """The losses of objectives that compare samples, over all micro-batches; what each micro-batch must pass on."""
-
-    def embed(views: Views) -> tuple[Taught, dict[str, Embeddings]]:
-        shared = teach(zero, views)
-        return shared, zero.forward(lambda m: m.embeddings(views, shared, clock))
-
-    taught, embedded = zip(*(embed(step[k]) for k in range(len(step))), strict=True)
     whole = {name: _joined([e[name] for e in embedded]) for name in embedded[0]}
     output = zero.forward(lambda m: m.compare(whole, clock, ranks))
     zero.backward(output.loss, last=False)
-    # Each micro-batch's loss is divided by their number, and the loss scale will be applied once more.
-    factor = len(step) / zero.loss_scale
 
     def pull(embedding: Tensor) -> tuple[Tensor, ...]:
         assert embedding.grad is not None
-        return (embedding.grad * factor).chunk(len(step))
+        return (embedding.grad / zero.loss_scale).chunk(len(embedded))  # it will be applied once more
 
     pulled = {name: [pull(embedding) for embedding in w.student] for name, w in whole.items()}
-    gradients = [{name: tuple(parts[k] for parts in p) for name, p in pulled.items()} for k in range(len(step))]
-    return output, list(taught), gradients
+    return output, [{name: tuple(parts[k] for parts in p) for name, p in pulled.items()} for k in range(len(embedded))]
 
 
 def _joined(parts: list[Embeddings]) -> Embeddings:
     """The embeddings of all micro-batches; the student's gather gradients."""
-    student = tuple(torch.cat(p).requires_grad_() for p in zip(*(e.student for e in parts), strict=True))
+    student = tuple(torch.cat(p).detach().requires_grad_() for p in zip(*(e.student for e in parts), strict=True))
     return Embeddings(student, tuple(torch.cat(p) for p in zip(*(e.teacher for e in parts), strict=True)))
 
 
@@ -113,7 +129,7 @@ def _report(model: Harmony, outputs: list[StepOutput]) -> StepOutput:
     """Losses and metrics averaged over the passes that made them, and their weighted sum."""
     losses = _means([o.losses for o in outputs])
     total = cast(Tensor, sum(model.objectives[name].config.weight * loss for name, loss in losses.items()))
-    return StepOutput(total, losses, _means([o.metrics for o in outputs]))
+    return StepOutput(total, losses, _means([o.metrics for o in outputs]), {})
 
 
 def _means(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

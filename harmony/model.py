@@ -122,6 +122,8 @@ class StepOutput(NamedTuple):
     """Unweighted, detached, by objective"""
     metrics: dict[str, Tensor]
     """Detached, by "objective/name" """
+    apart: dict[str, Embeddings]
+    """Of objectives that were asked for their embeddings instead"""
 
 
 def most_read(objectives: list[tuple[Request, dict[View, Reads]]]) -> dict[View, Reads]:
@@ -170,27 +172,25 @@ class Harmony(nn.Module):
 
     def losses(
         self, views: Views, taught: Taught, clock: Clock, collectives: Collectives, names: Sequence[str] | None = None,
-        gradients: dict[str, tuple[Tensor, ...]] | None = None,
+        apart: Sequence[str] = (),
     ) -> StepOutput:  # fmt: skip
         """The losses of one micro-batch: one student pass over the union of the views that the objectives ask for.
 
-        names: the objectives of this pass (None: all). gradients: for objectives that compared several micro-batches
-        before (see `compare`), the gradient of their loss with respect to this micro-batch's embeddings [B, ...]: it
-        is passed on to the towers, and nothing is reported.
+        names: the objectives of this pass (None: all). apart: those of which embeddings are wanted in the place of a
+        loss, because samples of several micro-batches are to be compared (see `compare`).
         Raises KeyError if an objective uses a view it did not ask for.
         """
         objectives = {name: self.objectives[name] for name in names or self.objectives}
         learned = self._learn(views, list(objectives.values()))
         outcomes: dict[str, Outcome] = {}
-        total: Tensor | float = 0.0
+        embedded: dict[str, Embeddings] = {}
         for name, objective in objectives.items():
             student, teacher = self.student.features(learned, name), self.teacher.features(taught, name)
-            if gradients and name in gradients:
-                embedded = objective.embed(student, teacher, clock).student
-                total = total + sum((e * g).sum() for e, g in zip(embedded, gradients[name], strict=True))
+            if name in apart:
+                embedded[name] = objective.embed(student, teacher, clock)
             else:
                 outcomes[name] = objective(student, teacher, views, clock, collectives)
-        return self._summed(outcomes, total)
+        return self._summed(outcomes, embedded)
 
     @torch.no_grad()
     def embeddings(self, views: Views, taught: Taught, clock: Clock) -> dict[str, Embeddings]:
@@ -205,21 +205,22 @@ class Harmony(nn.Module):
     def compare(self, embeddings: dict[str, Embeddings], clock: Clock, collectives: Collectives) -> StepOutput:
         """The losses of objectives that compare samples, over the embeddings of all micro-batches."""
         outcomes = {n: self.objectives[n].compare(e, clock, collectives) for n, e in embeddings.items()}
-        return self._summed(outcomes)
+        return self._summed(outcomes, {})
 
     def _learn(self, views: Views, objectives: list[Objective]) -> tuple[dict, dict]:
         """The student's pass for some objectives. What none of them reads is 0."""
         reads = most_read([(o.student_views, o.student_reads) for o in objectives])
         return self.student.encode(views, union([o.student_views for o in objectives]), reads)
 
-    def _summed(self, outcomes: dict[str, Outcome], total: Tensor | float = 0.0) -> StepOutput:
-        """Add the weighted losses of objectives to a total."""
+    def _summed(self, outcomes: dict[str, Outcome], apart: dict[str, Embeddings]) -> StepOutput:
+        """The weighted sum of the objectives' losses, beside what they report."""
+        total: Tensor | float = 0.0
         metrics = {}
         for name, outcome in outcomes.items():
             total = total + self.objectives[name].config.weight * outcome.loss
             metrics.update({f"{name}/{key}": value for key, value in outcome.metrics.items()})
         losses = {name: outcome.loss.detach() for name, outcome in outcomes.items()}
-        return StepOutput(torch.as_tensor(total), losses, metrics)
+        return StepOutput(torch.as_tensor(total), losses, metrics, apart)
 
     def passes(self) -> list[list[str]]:
         """The smallest groups of objectives that share no student view: each can have a pass of its own."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ def masked_attention(
     What the offsets say is remembered with the tensor, so pass the same tensor to all layers. The torch backend makes
     one call for neighbouring sequences of equal length, so pack sequences sorted by length.
     Under torch.compile the call is one operator, harmony_fast::masked_attention, on every backend; without it, on
-    triton alone, and elsewhere autograd goes through PyTorch's or xformers' operators.
+    triton alone, and elsewhere PyTorch's or xformers' operators are called.
     """
     _check(q, k, v, offsets, max_length, key_mask)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -160,27 +161,80 @@ def _triton() -> ModuleType:
 def _composed(
     backend: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, key_mask: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
-    """Attention by the operators of PyTorch or xformers, with their autograd."""
+    """Attention by the operators of PyTorch or xformers."""
     if backend == "xformers":
         return _xformers(q, k, v, layout, causal, scale)
+    if q.device.type in ("cpu", "meta"):
+        return _OnCpu.apply(*map(_rows_contiguous, (q, k, v)), layout, key_mask, causal, scale)
     parts, blocks = [], list(_blocks(layout))
     # Cut by `split`: its gradient is one concatenation, that of a slice a whole tensor of zeros.
     cut = zip(*(x.split([count * length for _, (count, length) in blocks]) for x in (q, k, v)), strict=True)
     for (block, shape), piece in zip(blocks, cut, strict=True):
         qs, ks, vs = (x.unflatten(0, shape).transpose(1, 2) for x in piece)
         allowed, idle = _allowed(key_mask, block, shape, causal)
-        if q.is_meta:  # here PyTorch would compose attention of products; where it computes it has an operator
-            out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                qs, ks, vs, is_causal=causal and allowed is None, attn_mask=allowed, scale=scale
-            )[0]
-        else:
-            out = F.scaled_dot_product_attention(
-                qs, ks, vs, attn_mask=allowed, is_causal=causal and allowed is None, scale=scale
-            )
+        out = F.scaled_dot_product_attention(
+            qs, ks, vs, attn_mask=allowed, is_causal=causal and allowed is None, scale=scale
+        )
         if idle is not None:
             out = out.masked_fill(idle, 0)
         parts.append(out.transpose(1, 2).flatten(0, 1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class _OnCpu(torch.autograd.Function):
+    """PyTorch's attention for CPUs, one call for each run of equal lengths.
+
+    Differentiated here so that what it gives is kept once: autograd would keep it run by run, and whatever comes next
+    the whole. On the meta device PyTorch would compose attention of products; the operator is named for that as well.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Context, q: Tensor, k: Tensor, v: Tensor, layout: Layout, key_mask: Tensor | None, causal: bool,
+        scale: float,
+    ) -> Tensor:  # fmt: skip
+        """[T, H, D] each -> [T, H, D]."""
+        parts, sums, masks = [], [], []
+        for block, shape in _blocks(layout):
+            allowed, idle = _allowed(key_mask, block, shape, causal)
+            options: dict[str, Any] = {"is_causal": causal and allowed is None, "scale": scale}
+            if allowed is not None:
+                options["attn_mask"] = torch.zeros_like(allowed, dtype=q.dtype).masked_fill(~allowed, -math.inf)
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *(_heads_first(x, block, shape) for x in (q, k, v)), **options
+            )
+            parts.append(_tokens_first(out if idle is None else out.masked_fill(idle, 0)))
+            sums.append(lse)
+            masks.append((idle, options))
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        ctx.save_for_backward(q, k, v, whole, *sums)
+        ctx.constants = layout, masks
+        return whole
+
+    @staticmethod
+    def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of q, k, v."""
+        q, k, v, whole, *sums = ctx.saved_tensors
+        layout, masks = ctx.constants
+        parts = []
+        for (block, shape), lse, (idle, options) in zip(_blocks(layout), sums, masks, strict=True):
+            dout, *inputs = (_heads_first(x, block, shape) for x in (gradients[0], q, k, v, whole))
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                dout if idle is None else dout.masked_fill(idle, 0), *inputs, lse, 0.0, **options
+            )
+            parts.append([_tokens_first(x) for x in found])
+        whole_ones = parts[0] if len(parts) == 1 else [torch.cat(x) for x in zip(*parts, strict=True)]
+        return *whole_ones, None, None, None, None
+
+
+def _heads_first(x: Tensor, block: slice, shape: tuple[int, int]) -> Tensor:
+    """A run of sequences of [T, H, D]: [count, H, length, D]."""
+    return x[block].unflatten(0, shape).transpose(1, 2)
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    """[count, H, length, D] -> [count * length, H, D]."""
+    return x.transpose(1, 2).flatten(0, 1)
 
 
 def _blocks(layout: Layout) -> Iterator[tuple[slice, tuple[int, int]]]:
