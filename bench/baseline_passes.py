@@ -98,7 +98,8 @@ def _text_attention(block: TextBlock, x: Tensor, causal: Tensor) -> Tensor:
 def project(head: ProjectionHead, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Every token through the head: [n, L, D] -> logits of class tokens [n, K] and of patches [n, L - 1, K]."""
     u = F.normalize(head.mlp(tokens), dim=-1, eps=1e-12)
-    return F.linear(u[:, 0], _directions(head.last_layer)), F.linear(u[:, 1:], _directions(head.patch_layer()))
+    of_patches = head.last_layer2 or head.last_layer
+    return F.linear(u[:, 0], _directions(head.last_layer)), F.linear(u[:, 1:], _directions(of_patches))
 
 
 def project_words(head: ProjectionHead, tokens: Tensor) -> Tensor:

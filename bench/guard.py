@@ -13,9 +13,9 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from ..engine.build import build_model
 from ..engine.config import load_config
 from ..engine.errors import UserError
 from ..engine.live_bytes import LiveBytes
+from ..engine.memory import Imagined
 from ..engine.scaling import Sizes, sent_bytes
 from ..harmony.model import Branch, Harmony
 from ..harmony.objectives import Collectives
@@ -35,7 +36,6 @@ from ..kernels import dispatch
 from .counts import CLOCK, imagined_views
 from .machine import RESULTS
 
-T = TypeVar("T")
 COMMITTED = RESULTS / "guard.json"
 CONFIGS = Path(__file__).parents[1] / "configs"
 BATCH = 8
@@ -118,11 +118,11 @@ def count(name: str) -> dict[str, float]:
     live = LiveBytes("meta")
     live.watch(model)
     with dispatch.preferring(backend), live:
-        passes = _Passes(model)
+        passes = Imagined(model, live)
         accumulate(passes, [views] * (BATCH // size), CLOCK, Collectives(), config.pass_mode == "split")
     return {
         "operations a sample": live.flops / BATCH, "bytes at the peak": live.peak, "bytes written": live.written,
-        "operator calls": live.calls, "backward passes": passes.count,
+        "operator calls": live.calls, "backward passes": passes.passes,
         **{f"tokens: {where}": count for where, count in sorted(tokens.items())},
         **{f"bytes sent: stage {stage} of 8 ranks": sent_bytes(sizes, stage, 8) for stage in (1, 2, 3)},
     }  # fmt: skip
@@ -152,22 +152,6 @@ def _of_branch(branch: Branch) -> Iterator[tuple[str, nn.Module]]:
 
 def _rows(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
-
-
-class _Passes:
-    """In the place of `Zero`: the passes without DeepSpeed."""
-
-    loss_scale = 1.0
-
-    def __init__(self, model: Harmony) -> None:
-        self.model, self.count = model, 0
-
-    def forward(self, call: Callable[[Harmony], T]) -> T:
-        return call(self.model)
-
-    def backward(self, loss: Tensor, last: bool) -> None:
-        self.count += 1
-        loss.backward()
 
 
 def compare(before: dict[str, Any], now: dict[str, Any]) -> Iterator[Change]:

@@ -25,6 +25,7 @@ from ..engine.memory import go_through
 from ..engine.plan import Plan, Planner, Shape, seconds
 from ..engine.rates import SHARE_REACHED, Rates, rates_for
 from ..engine.scaling import Sizes, held_bytes, sent_bytes
+from ..engine.sizes import GIB
 from .machine import RESULTS
 from .scaling_report import hours_table, memory_table, plot
 
@@ -32,7 +33,6 @@ TOWERS = {
     **{name: [f"model.image={{name: {name}}}"] for name in ("ViT-S/16", "ViT-B/16", "ViT-L/16")},
     "ViT-H/14": ["model.image={width: 1280, depth: 32, heads: 16, patch_size: 14}", "views.local_size=98"],
 }
-GIB = 2**30
 DATA_SETS = {"CC3M": 3.3e6, "CC12M": 12.4e6, "YFCC15M": 14.8e6}
 """Pairs in the lists (Sharma et al. 2018; Changpinyo et al. 2021; CLIP's subset of YFCC100M)"""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-GIB = 2**30
+from ..engine.sizes import GIB
 
 
 def memory_table(report: dict[str, Any]) -> str:

@@ -84,8 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         report["left_out"].append(f"{named}: {why}")
                         continue
                     case = measure_case(kind, tower, micro, precision, device, options)
-                    report["cases"].append({**case, "commit": machine["commit"]})
-                    show(report["cases"][-1], console)
+                    case["commit"] = machine["commit"]
+                    report["cases"] = [c for c in report["cases"] if not same_case(c, case)] + [case]
+                    show(case, console)
                     # After each: what was measured stays if the machine is taken away.
                     (folder / "step.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for line in report["left_out"]:
@@ -102,6 +103,11 @@ def added_to(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     if differing or before["device"] != now["device"]:
         raise UserError(f"--add: what was measured before differs in {', '.join(differing or ['device'])}")
     return before
+
+
+def same_case(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two results are of the same case."""
+    return all(one[key] == other[key] for key in ("kind", "tower", "micro", "precision"))
 
 
 def _obstacle(precision: str, device: torch.device) -> str | None:

@@ -7,7 +7,6 @@ search again, and a process that starts again after a failure takes the next.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -134,7 +133,7 @@ def _as_begun(config: RunConfig) -> tuple[RunConfig, set[str]]:
 
 def _budget(config: RunConfig, ranks: Ranks) -> Budget:
     """What each rank may use: of a GPU what others leave, at the least of all ranks; of the host's memory its part."""
-    host = host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
+    host = host_memory() / ranks.local_size
     if config.memory != "auto":
         return Budget(size_of(str(config.memory), "memory"), host)
     if ranks.device.type != "cuda":

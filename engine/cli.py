@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .data import ensure_data
 from .errors import StartAgain, UserError
 from .host_memory import keep_pages
 from .shipped import find_config
@@ -320,15 +321,6 @@ def train_here(config: Any) -> None:
     from .train import train as run
 
     run(config)
-
-
-def ensure_data(config: Any) -> None:
-    """Make the training file if it is missing and the configuration says what from."""
-    train = config.data.train
-    if isinstance(train, Path) and not train.exists() and config.data.prepare_from:
-        from .data.prepare import prepare as run
-
-        run(config.data.prepare_from, train, context=config.model.text.context)
 
 
 def _guarded(function: Any, *arguments: Any) -> None:

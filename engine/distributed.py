@@ -37,6 +37,8 @@ class Ranks(Collectives):
 
     def __init__(self) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        """Ranks of this machine"""
         local = int(os.environ.get("LOCAL_RANK", 0))
         self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
         # Flags that decide what the host does next travel over gloo: they must not wait for the GPU's queue.

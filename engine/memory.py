@@ -146,7 +146,7 @@ def go_through(config: RunConfig, ranks: int, device: Device = "cuda") -> Passes
     _name_parts(live, model)
     # What operators keep differs between backends; on the meta device "auto" is what a GPU would take.
     with dispatch.preferring("torch" if device == "cpu" else "auto"), live:
-        zero = _Imagined(model, live)
+        zero = Imagined(model, live)
         views = _ImaginedViews(config, samples, parts, live)
         accumulate(zero, views, clock, imagined, config.pass_mode == "split")
     buffers = sum(b.nbytes for b in model.buffers())
@@ -201,7 +201,7 @@ class _Ranks(Collectives):
         return x if self.world_size == 1 else torch.cat([x] * self.world_size)
 
 
-class _Imagined:
+class Imagined:
     """In the place of `Zero`: the passes without DeepSpeed."""
 
     loss_scale = 1.0
@@ -210,9 +210,11 @@ class _Imagined:
         self.model, self._live, self.passes = model, live, 0
 
     def forward(self, call: Callable[[Harmony], T]) -> T:
+        """As `Zero.forward`."""
         return call(self.model)
 
     def backward(self, loss: Tensor, last: bool) -> None:
+        """As `Zero.backward`; counts them."""
         self.passes += 1
         with self._live.label("backward pass"):
             loss.backward()

@@ -20,6 +20,7 @@ from .memory import TAUGHT, Device, Memory, Passes, memory_of
 from .nested import dotted
 from .rates import Rates
 from .scaling import sent_bytes
+from .sizes import GIB
 from .walks import Walks
 
 QUANTISED_MUST_GAIN = 1.03
@@ -320,13 +321,13 @@ def _nothing_fits(smallest: Plan, budget: Budget) -> str:
     needs = f"{_gib_above(smallest.memory.total)} GiB"
     needs += f" and {_gib_above(host)} GiB of host memory a rank" if host else ""
     return (
-        f"nothing fits in {budget.device / 2**30:.2f} GiB: the smallest setting needs {needs}, the largest part of it "
-        f"{part} with {size / 2**30:.2f} GiB ({' '.join(smallest.overrides)})"
+        f"nothing fits in {budget.device / GIB:.2f} GiB: the smallest setting needs {needs}, the largest part of it "
+        f"{part} with {size / GIB:.2f} GiB ({' '.join(smallest.overrides)})"
     )
 
 
 def _gib_above(size: float) -> float:
-    return math.ceil(size / 2**30 * 100) / 100
+    return math.ceil(size / GIB * 100) / 100
 
 
 def _divisors(number: int) -> list[int]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..harmony.objectives import REGISTRY
-from .cli import ensure_data
 from .config import RunConfig, load_config, parse_config
+from .data import ensure_data
 from .data.beton_set import BetonSet
 from .errors import UserError
 from .nested import merged, read_yaml

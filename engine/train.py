@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -167,7 +167,8 @@ def write_diverged(run_dir: Path, done: int, batch: RawBatch, loader: AnyLoader,
         "metrics": {n: v.item() for n, v in output.metrics.items()}, "gradient_norms": result.norms,
         "samples": loader.sample_ids(batch.index),
     }  # fmt: skip
-    path.write_text(json.dumps(found, indent=1))
+    with suppress(OSError):  # on a full disk the run ends for what it ends for
+        path.write_text(json.dumps(found, indent=1))
     return path
 
 

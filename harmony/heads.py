@@ -59,9 +59,10 @@ class ProjectionHead(nn.Module):
         """Features [..., D] -> unit vectors [..., d]."""
         return F.normalize(self.mlp(x), dim=-1, eps=1e-12)
 
-    def patch_layer(self) -> Prototypes:
-        """The output layer for patch tokens."""
-        return self.last_layer2 or self.last_layer
+    def directions(self) -> tuple[Tensor, Tensor]:
+        """The prototypes of class tokens and those of patch tokens, [K, d] each."""
+        first = self.last_layer()
+        return first, first if self.last_layer2 is None else self.last_layer2()
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [..., D] -> logits [..., K], before any temperature."""

@@ -266,7 +266,7 @@ def features_of(engine: Engine, clock: Clock) -> dict[str, Tensor]:
     masked, plain = images[View.GLOBAL_MASKED], taught[View.GLOBAL_PLAIN]
 
     def scores(of: Any, tokens: Tensor) -> Tensor:
-        return (of.bottleneck(tokens) @ of.patch_layer()().T).flatten(0, 1)
+        return (of.bottleneck(tokens) @ of.directions()[1].T).flatten(0, 1)
 
     def text_embedding(encoder: Any, caption: Any) -> Tensor:
         return encoder.project(caption.tokens[caption.last])

@@ -8,7 +8,6 @@ batches: the files' tables are mapped, and the order is computed where it is nee
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -65,7 +64,7 @@ class Loader:
         reading: Reading = "auto",
         pin: bool = False,
     ) -> None:
-        """batch_size: samples of all ranks together. workers: by default this machine's CPUs / world_size. order,
+        """batch_size: samples of all ranks together. workers: threads, by default one for each CPU. order,
         reading: `auto` is random from the page cache for files that fit this machine's memory, else quasi-random with
         direct reads. pin: batches in page-locked memory, for copies to a CUDA device that nothing waits for.
 
@@ -80,7 +79,7 @@ class Loader:
         fits = fits_memory(self._set.bytes)
         self.order_kind = order if order != "auto" else "random" if fits else "quasi_random"
         self.reading = reading if reading != "auto" else "page_cache" if fits else "direct"
-        self._workers = _worker_count(workers, world_size)
+        self._workers = _worker_count(workers)
         self._pin, self._blocks = pin, Blocks(self._set.starts, self._set.bytes)
         self._storage: Storage = Mapped(self._set) if self.reading == "page_cache" else Direct(self._set, self._blocks)
         self._producer: Producer[RawBatch] | None = None
@@ -208,9 +207,7 @@ class Loader:
         self._storage.close()
 
 
-def _worker_count(workers: int | None, world_size: int) -> int:
+def _worker_count(workers: int | None) -> int:
     """At least 1; at most what numba was started with, by default the CPUs this process may use."""
     available = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # set when numba is imported
-    if workers is None:
-        workers = len(os.sched_getaffinity(0)) // world_size
-    return min(max(workers, 1), available)
+    return available if workers is None else min(max(workers, 1), available)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from typing import Literal, Protocol
 
 from torch import Tensor
 
 from ..config import RunConfig
+from ..disk import replace_text
 from ..distributed import Ranks
 from ..errors import DataError
+from ..sizes import GIB
 from .batch import RawBatch
 from .beton_set import BetonSet
 from .reading import fits_memory
@@ -49,11 +52,12 @@ def open_loader(config: RunConfig, ranks: Ranks) -> AnyLoader:
     """This rank's loader of the training data. Raises DataError as the loaders do."""
     data = config.data
     pin = ranks.device.type == "cuda"
+    workers = data.workers or max(1, len(os.sched_getaffinity(0)) // ranks.local_size)
     if data.loader == "webdataset":
-        cache = Cache(data.cache_dir, int(data.cache_gib * 2**30)) if data.cache_dir else None
+        cache = Cache(data.cache_dir, int(data.cache_gib * GIB)) if data.cache_dir else None
         return WebdatasetLoader(
             data.sources, config.views, context=config.model.text.context, batch_size=data.batch_size,
-            seed=config.seed, rank=ranks.rank, world_size=ranks.world_size, workers=data.workers,
+            seed=config.seed, rank=ranks.rank, world_size=ranks.world_size, workers=workers,
             tokenizer=data.tokenizer, captions=data.captions, samples=data.samples, shuffle=data.shuffle, cache=cache,
             pin=pin,
         )  # fmt: skip
@@ -61,7 +65,7 @@ def open_loader(config: RunConfig, ranks: Ranks) -> AnyLoader:
 
     return Loader(
         data.sources, config.views, batch_size=data.batch_size, seed=config.seed, rank=ranks.rank,
-        world_size=ranks.world_size, workers=data.workers, order=settle_order(config, ranks), reading=data.reading,
+        world_size=ranks.world_size, workers=workers, order=settle_order(config, ranks), reading=data.reading,
         pin=pin,
     )  # fmt: skip
 
@@ -79,5 +83,5 @@ def settle_order(config: RunConfig, ranks: Ranks) -> Literal["random", "quasi_ra
     large = known == "quasi_random" if known else not fits_memory(BetonSet(config.data.sources).bytes)
     order: Literal["random", "quasi_random"] = "quasi_random" if ranks.any(large) else "random"
     if ranks.is_main and not known:
-        note.write_text(order + "\n")
+        replace_text(note, order + "\n")
     return order

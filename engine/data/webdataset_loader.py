@@ -87,7 +87,7 @@ class WebdatasetLoader:
         self.views, self.context, self.batch_size, self.seed = views, context, batch_size, seed
         own = self.lanes // world_size
         self._own_lanes = range(rank * own, (rank + 1) * own)
-        self._workers = workers or max(1, len(os.sched_getaffinity(0)) // world_size)
+        self._workers = workers or len(os.sched_getaffinity(0))
         self._tokenizer, self._several = tokenizer, captions == "all"
         self._window, self._cache, self._pin = max(1, shuffle // self.lanes), cache, pin
         self._producer: Producer[RawBatch] | None = None

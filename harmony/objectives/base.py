@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...kernels import prototype_cross_entropy, prototype_sums
 from ..config import Config, Fraction
-from ..heads import ProjectionHead, Prototypes
+from ..heads import ProjectionHead
 from ..image_encoder import ImageEncoder
 from ..schedules import Clock, ramp_linear
 from ..text_encoder import CaptionFeatures, TextEncoder
@@ -224,10 +224,10 @@ class Center(nn.Module):
         self.total += total
         self.count += count
 
-    def add_scores(self, u: Tensor, layer: Prototypes) -> None:
-        """Take in the logits of unit vectors [R, d]."""
+    def add_scores(self, u: Tensor, directions: Tensor) -> None:
+        """Take in the logits of unit vectors [R, d] on prototypes [K, d]."""
         with torch.no_grad():
-            self.add(prototype_sums(u, layer()), len(u))
+            self.add(prototype_sums(u, directions), len(u))
 
     def forget(self) -> None:
         """Leave out what was taken in since the last move."""
@@ -293,18 +293,18 @@ class Distillation(Objective):
         self,
         student: Tensor,
         teacher: Tensor,
-        layers: tuple[Prototypes, Prototypes],
+        directions: tuple[Tensor, Tensor],
         center: Center,
         temperature: float,
         row_weight: Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy between the centered, sharpened scores of teacher rows and the scores of student rows.
 
-        student, teacher: unit vectors [R, d], paired row by row. layers: the student's and the teacher's prototypes.
-        temperature: the teacher's. row_weight: [R], default 1/R. No row gives 0.
+        student, teacher: unit vectors [R, d], paired row by row. directions: the student's and the teacher's prototypes
+        [K, d], made whatever the batch holds: ZeRO's stage 3 gathers parameters at calls, which must be those of all
+        ranks. temperature: the teacher's. row_weight: [R], default 1/R. No row gives 0.
         """
-        # Called whatever the batch holds: ZeRO's stage 3 gathers parameters at calls, which must be those of all ranks.
-        learned, known = layers[0](), layers[1]()
+        learned, known = directions
         if not len(student):  # no masked patch in the whole batch: every parameter still gets its gradient
             return 0 * (at_least_float(student).sum() + at_least_float(learned).sum())
         return prototype_cross_entropy(

@@ -75,28 +75,32 @@ class FeatureSearch(Distillation):
         searches = [(crops[v : v + 1], [a for a in range(self.crops) if a != v]) for v in range(self.crops)]
         if View.LOCAL in student.images:
             searches.append((student.images[View.LOCAL][:, :, 1:], list(range(self.crops))))
-        layers, tau = (student.head.last_layer, teacher.head.last_layer), self.teacher_temperature(clock)
+        with torch.no_grad():
+            theirs = teacher.head.last_layer()
+        directions, tau = (student.head.last_layer(), theirs), self.teacher_temperature(clock)
         total = sharpness = places.new_zeros((), dtype=torch.float32)
         pairs = 0
         for query, others in searches:
             if not others:
                 continue
-            found, weights = self.teacher_vectors(teacher, query, places[others])
+            found, weights = self.teacher_vectors(teacher, query, places[others], theirs)
             u = student.head.bottleneck(query).expand_as(found)
             count = len(others) * len(query)
             rows = u.flatten(0, -2), found.flatten(0, -2)
-            total = total + count * self.cross_entropy(*rows, layers, self.center, tau)
+            total = total + count * self.cross_entropy(*rows, directions, self.center, tau)
             sharpness = sharpness + count * weights.amax(-1).mean()
             pairs += count
         return Outcome(total / pairs, {"sharpness": sharpness / pairs})
 
     @torch.no_grad()
-    def teacher_vectors(self, teacher: Features, query: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    def teacher_vectors(
+        self, teacher: Features, query: Tensor, places: Tensor, directions: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Unit vectors of what [V, B, Q, D] finds in each of the other views [A, B, P, D]: [A, V, B, Q, d], and the
-        search's weights [A, V, B, Q, P]. Feeds the center."""
+        search's weights [A, V, B, Q, P]. Feeds the center with their scores on prototypes [K, d]."""
         found, weights = search(query, places, self.config.search_temperature)
         u = teacher.head.bottleneck(found)
-        self.center.add_scores(u.flatten(0, -2), teacher.head.last_layer)
+        self.center.add_scores(u.flatten(0, -2), directions)
         return u, weights
 
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from ..heads import ProjectionHead, Prototypes
+from ..heads import ProjectionHead
 from ..schedules import Clock
 from ..views import Reads, Request, View, Views
 from .base import (
@@ -99,16 +99,18 @@ class SelfDistillation(Distillation):
     ) -> Outcome:
         """Class term over all pairs of different views, patch term over masked patches of the same view."""
         cfg = self.config
-        known, known_patches = self.teacher_vectors(teacher, views)
+        with torch.no_grad():
+            their_classes, their_patches = teacher.head.directions()
+        our_classes, our_patches = student.head.directions()
+        known, known_patches = self.teacher_vectors(teacher, views, their_classes, their_patches)
         learned, learned_patches = self.student_vectors(student, views)
         tau = self.teacher_temperature(clock)
-        metrics = {"teacher_entropy": self.entropy(known, teacher.head.last_layer, tau), **self.center_norm()}
+        metrics = {"teacher_entropy": self.entropy(known, their_classes, tau), **self.center_norm()}
         metrics |= feature_std(known)
 
         pairs = [(v, a) for a in range(len(known)) for v in range(len(learned)) if v != a]
         rows = torch.cat([learned[v] for v, _ in pairs]), torch.cat([known[a] for _, a in pairs])
-        class_layers = student.head.last_layer, teacher.head.last_layer
-        class_loss = self.cross_entropy(*rows, class_layers, self.class_center, tau)
+        class_loss = self.cross_entropy(*rows, (our_classes, their_classes), self.class_center, tau)
         metrics["class"] = class_loss.detach()
         if known_patches is None or self.patch_center is None or cfg.patch_weight is None:
             return Outcome(cfg.class_weight * class_loss, metrics)
@@ -117,8 +119,8 @@ class SelfDistillation(Distillation):
         counts = views.block_mask.sum(-1).flatten()  # [G * B]
         weight = 1 / (counts[views.block_index // views.block_mask.shape[-1]] * counts.numel()).to(known.dtype)
         patch_loss = self.cross_entropy(
-            learned_patches, known_patches, (student.head.patch_layer(), teacher.head.patch_layer()),
-            self.patch_center, self.patch_temperature(clock), weight,
+            learned_patches, known_patches, (our_patches, their_patches), self.patch_center,
+            self.patch_temperature(clock), weight,
         )  # fmt: skip
         metrics["patch"] = patch_loss.detach()
         return Outcome(cfg.class_weight * class_loss + cfg.patch_weight * patch_loss, metrics)
@@ -147,26 +149,28 @@ class SelfDistillation(Distillation):
         return u[:count].unflatten(0, class_tokens.shape[:2]), u[count:]
 
     @torch.no_grad()
-    def teacher_vectors(self, teacher: Features, views: Views) -> tuple[Tensor, Tensor | None]:
+    def teacher_vectors(
+        self, teacher: Features, views: Views, class_directions: Tensor, patch_directions: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Unit vectors of class tokens [G, B, d] and of the patches that the student must predict [M, d]. Feeds the
-        centers."""
+        centers with their scores on prototypes [K, d]."""
         tokens, head = teacher.images[View.GLOBAL_PLAIN][: self.crops], teacher.head
         classes = head.bottleneck(tokens[:, :, 0])
-        self.class_center.add_scores(classes.flatten(0, 1), head.last_layer)
+        self.class_center.add_scores(classes.flatten(0, 1), class_directions)
         if self.patch_center is None:
             return classes, None
         patches = tokens[:, :, 1:].flatten(0, 2)
         if self.config.patch_center == "all":
             u = head.bottleneck(patches)
-            self.patch_center.add_scores(u, head.patch_layer())
+            self.patch_center.add_scores(u, patch_directions)
             return classes, u[views.block_index]
         u = head.bottleneck(patches[views.block_index])
-        self.patch_center.add_scores(u, head.patch_layer())
+        self.patch_center.add_scores(u, patch_directions)
         return classes, u
 
     @torch.no_grad()
-    def entropy(self, classes: Tensor, layer: Prototypes, temperature: float) -> Tensor:
+    def entropy(self, classes: Tensor, directions: Tensor, temperature: float) -> Tensor:
         """Mean entropy of the teacher's distributions, nats: 0 and log K both mean collapse."""
-        scores = at_least_float(classes) @ at_least_float(layer()).T
+        scores = at_least_float(classes) @ at_least_float(directions).T
         log_q = ((scores - self.class_center.value) / temperature).log_softmax(-1)
         return -(log_q.exp() * log_q).sum(-1).mean()

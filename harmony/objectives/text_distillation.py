@@ -65,17 +65,20 @@ class TextDistillation(Distillation):
     ) -> Outcome:
         """Averaged over each caption's masked words, then over all captions; no masked word counts as 0."""
         context = views.tokens.shape[1]
+        with torch.no_grad():
+            theirs = teacher.head.last_layer()
         learned = student.head.bottleneck(student.captions[View.CAPTION_MASKED].at(views.caption_index, context))
-        known = self.teacher_vectors(teacher, views, clock)
+        known = self.teacher_vectors(teacher, views, clock, theirs)
         counts = views.caption_mask.sum(-1)
         weight = 1 / (counts[views.caption_index // context] * len(counts)).to(known.dtype)
-        layers = student.head.last_layer, teacher.head.last_layer
+        directions = student.head.last_layer(), theirs
         tau = self.teacher_temperature(clock)
-        return Outcome(self.cross_entropy(learned, known, layers, self.center, tau, weight), self.center_norm())
+        return Outcome(self.cross_entropy(learned, known, directions, self.center, tau, weight), self.center_norm())
 
     @torch.no_grad()
-    def teacher_vectors(self, teacher: Features, views: Views, clock: Clock) -> Tensor:
-        """Unit vectors of the masked words as the teacher reads them: [W, d]. Feeds the center."""
+    def teacher_vectors(self, teacher: Features, views: Views, clock: Clock, directions: Tensor) -> Tensor:
+        """Unit vectors of the masked words as the teacher reads them: [W, d]. Feeds the center with their scores on
+        prototypes [K, d]."""
         caption, head = teacher.captions[View.CAPTION], teacher.head
         u = head.bottleneck(caption.at(views.caption_index, views.tokens.shape[1]))
         if self.config.center_of == "probabilities":
@@ -83,5 +86,5 @@ class TextDistillation(Distillation):
             everywhere = (scores / self.teacher_temperature(clock)).softmax(-1)
             self.center.add(everywhere.sum(0), len(everywhere))
         else:
-            self.center.add_scores(u, head.last_layer)
+            self.center.add_scores(u, directions)
         return u

@@ -21,14 +21,17 @@ from harmony_fast.bench.step import (
     added_to,
     compared,
     configured,
+    fewest_pieces,
     measure_all,
     measure_each,
+    same_case,
     tokens_a_sample,
 )
 from harmony_fast.bench.step_rivals import PARTS, count_open_clip, made_samples
 from harmony_fast.bench.timing import Stopwatch
-from harmony_fast.engine.config import parse_config
+from harmony_fast.engine.config import parse_config, with_overrides
 from harmony_fast.engine.errors import UserError
+from harmony_fast.engine.memory import predict
 from tiny import tiny_config
 
 TINY = [
@@ -100,8 +103,7 @@ def test_a_rival_that_runs_out_of_memory_is_named(monkeypatch: pytest.MonkeyPatc
     options = argparse.Namespace(profile=False, rounds=1, seconds=1.0)
     with pytest.raises(RuntimeError, match="exit status 3"):
         measure_all({"it": Contender(Leaves, config, 1)}, options)
-    for make in (Killed, Full):
-        assert measure_all({OURS: Contender(Quick, config, 1), "it": Contender(make, config, 1)}, options) is None
+    assert measure_all({"it": Contender(Killed, config, 1)}, options) is None
     alone = measure_each({OURS: Contender(Quick, config, 1), "it": Contender(Full, config, 1)}, options)
     assert list(alone) == [OURS] and alone[OURS]["milliseconds"] > 0
 
@@ -134,6 +136,13 @@ class Leaves(Quick):
         os._exit(3)
 
 
+def test_the_fewest_micro_batches_within_a_limit() -> None:
+    config = configured("step", "ViT-Ti/16", 8, "fp32", [*TINY, *HEADS])
+    halves = predict(with_overrides(config, ["data.micro_batch_size=4"]), 1, "cpu").total
+    for limit, pieces in ((1e15, 1), (halves, 2), (halves - 1, 4), (0.0, 8)):
+        assert fewest_pieces(config, limit) == pieces
+
+
 def test_losses_that_differ_are_no_success() -> None:
     def result(loss: float) -> dict[str, Any]:
         return {"losses": {"contrastive": loss}, "samples_per_second": 2.0, "peak_mib": 1.0}
@@ -151,6 +160,12 @@ def test_cases_are_added_to_those_of_the_same_machine_alone() -> None:
         added_to({**before, "machine": {**before["machine"], "cores": 4}}, now)
     with pytest.raises(UserError, match="differs in device"):
         added_to({**before, "device": "cuda"}, now)
+
+
+def test_a_case_that_is_measured_again_is_the_same() -> None:
+    case = {"kind": "step", "tower": "ViT-S/16", "micro": 8, "precision": "fp32", "commit": "a"}
+    assert same_case(case, {**case, "commit": "b"})
+    assert not any(same_case(case, {**case, key: other}) for key, other in (("kind", "clip"), ("micro", 16)))
 
 
 def test_captions_are_as_long_as_cc3ms() -> None:

@@ -23,7 +23,7 @@ from harmony_fast.engine.step import step as take_step
 from harmony_fast.engine.zero import Zero
 from harmony_fast.harmony.schedules import Clock
 
-STEPS_PER_EPOCH = 3
+STEPS_PER_EPOCH = 2
 COLLECTIVES = {"all_reduce": "tensor", "all_gather_into_tensor": "output_tensor", "reduce_scatter_tensor": "input"}
 """The collectives that carry gradients and parameters, and their largest tensor's name"""
 sent: Counter[str] = Counter()

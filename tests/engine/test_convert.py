@@ -1,125 +1,38 @@
 """Checkpoints of the authors' code into runs and back: bit for bit, and nothing in a file is ever run."""
 
 import argparse
-import json
 import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 
-import commands
-import numpy as np
 import pytest
 import torch
+from authors_checkpoints import (
+    HEADS,
+    Weights,
+    assert_same,
+    authors_state,
+    checkpoint,
+    fixture_weights,
+    saved,
+    text_names,
+)
 from harmony_fast.engine.checkpoint import load_run, write_weights_only
 from harmony_fast.engine.cli import app
 from harmony_fast.engine.config import dump_config, parse_config
 from harmony_fast.engine.convert import from_run, our_name, to_run
-from harmony_fast.engine.data.prepare import prepare
 from harmony_fast.engine.errors import UserError
-from harmony_fast.engine.evaluate import evaluate_run
-from harmony_fast.engine.report import write_report
 from harmony_fast.harmony.model import Harmony
-from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import Tensor
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
-# What the weights of the fixture do not tell.
-HEADS = ["model.image.heads=3", "model.text.heads=2", "objectives.reconstruction.heads=2"]
-Weights = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
 def golden() -> Weights:
     """The fixture's weights, under its names."""
-    with safe_open(ROOT / "tests" / "golden" / "tiny_a.safetensors", "pt") as f:
-        parts = ("student.", "teacher.", "mlm.", "mae_decoder.", "logit_scale", "center.")
-        return {name: f.get_tensor(name) for name in f.keys() if name.startswith(parts)}  # noqa: SIM118
-
-
-def text_names(name: str) -> str:
-    """open_clip's names to the authors'."""
-    for ours, theirs in (
-        ("transformer.", "backbone."), ("token_embedding.", "text_embedding."), ("ln_final.", "text_norm."),
-        ("positional_embedding", "text_positional_embedding"),
-    ):  # fmt: skip
-        if name.startswith(ours):
-            return theirs + name[len(ours) :]
-    return name
-
-
-# Where the authors' model registers the parts of the fixture; the same tensor under each name, as in their state dict.
-PLACES = {
-    "student.image.": [
-        "image_encoder.", "student.backbone.", "discriminative_path.image_encoder.",
-        "discriminative_path.student.backbone.", "generative_path.backbone.", "contrastive_path.image_backbone.",
-    ],
-    "teacher.image.": ["teacher.backbone.", "discriminative_path.teacher.backbone."],
-    "student.head.": ["student.head.", "discriminative_path.student_head.", "discriminative_path.student.head."],
-    "teacher.head.": ["teacher.head.", "discriminative_path.teacher_head.", "discriminative_path.teacher.head."],
-    "student.text.": [
-        "contrastive_path.text_backbone.", "text_student.backbone.",
-        "text_distillation_path.text_dist_student.backbone.",
-    ],
-    "teacher.text.": [
-        "contrastive_path.text_backbone_teacher.", "text_teacher.backbone.",
-        "text_distillation_path.text_dist_teacher.backbone.",
-    ],
-    "student.text_head.": [
-        "text_student.distillation_head.", "text_distillation_path.text_dist_student.distillation_head.",
-    ],
-    "teacher.text_head.": [
-        "text_teacher.distillation_head.", "text_distillation_path.text_dist_teacher.distillation_head.",
-    ],
-    "mlm.": ["mlm_head."],
-    "mae_decoder.mask_token": ["generative_path.mask_token"],
-    "mae_decoder.": ["generative_path.decoder_"],
-    "logit_scale": ["contrastive_path.logit_scale"],
-    "center.cls": ["discriminative_path.loss.center"],
-    "center.patch": ["discriminative_path.loss.center2"],
-    "center.text": ["text_distillation_path.text_distillation_loss.center"],
-}  # fmt: skip
-
-
-def authors_state(golden: Weights) -> Weights:
-    """The fixture's weights as the authors' model names them."""
-    state: Weights = {}
-    for name, value in golden.items():
-        start = next(start for start in PLACES if name.startswith(start))
-        inner = name[len(start) :]
-        inner = text_names(inner) if ".text." in start or start == "mlm." else inner
-        for place in PLACES[start]:
-            state[place + inner] = value
-            if "last_layer." in inner and ".head." in place:  # a shared head has its output layer twice
-                state[(place + inner).replace("last_layer", "last_layer2")] = value
-        if start == "student.image." and inner.startswith("patch_embed."):
-            state[f"generative_path.{inner}"] = value
-    return state
-
-
-def checkpoint(golden: Weights, **args: object) -> dict:
-    """What the authors' code saves, with the NumPy numbers that its schedules leave in the optimizer."""
-    rate = np.linspace(0, 1, 5)[3]
-    return {
-        "model": authors_state(golden),
-        "optimizer": {"state": {0: {"step": torch.tensor(7.0)}}, "param_groups": [{"lr": rate, "params": [0]}]},
-        "epoch": 3,
-        "args": argparse.Namespace(arch="vit_tiny", **args),
-        "disc_loss": {"center": golden["center.cls"], "center2": golden["center.patch"]},
-    }
-
-
-def saved(path: Path, content: object) -> Path:
-    torch.save(content, path)
-    return path
-
-
-def assert_same(one: Weights, other: Weights) -> None:
-    assert list(one) == list(other)
-    for name, value in one.items():
-        assert value.dtype == other[name].dtype and torch.equal(value, other[name]), name
+    return fixture_weights()
 
 
 def refusal(paths: list[Path], run: Path, overrides: list[str] | None = None) -> str:
@@ -427,82 +340,6 @@ def test_a_run_of_ours_gets_the_authors_names(tiny: dict, tmp_path: Path) -> Non
     from_run(tmp_path / "run", tmp_path / "main_text.pth")
     text = torch.load(tmp_path / "main_text.pth", weights_only=True)
     assert torch.equal(text["text_norm.weight"], model.teacher.text.ln_final.weight)
-
-
-@pytest.fixture(scope="module")
-def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "train.beton"
-    prepare([ROOT / "demo" / "noto.tar"], path, context=16, limit=16, workers=1, progress=False)
-    return path
-
-
-@pytest.fixture(scope="module")
-def real(golden: Weights) -> Weights:
-    """The fixture's weights with the tokenizer's vocabulary in place of their 100 words."""
-    torch.manual_seed(0)
-    words = [n for n in golden if n.endswith("token_embedding.weight") or n.startswith("mlm.head.")]
-    return authors_state({**golden, **{n: 0.02 * torch.randn(49409, *golden[n].shape[1:]) for n in words}})
-
-
-def converted(weights: Weights, beton: Path, run: Path, *settings: str) -> list[str]:
-    """A run of them that can be trained; returns the overrides."""
-    overrides = [
-        *HEADS, f"data.train={beton}", "data.batch_size=8", "data.workers=1", "log_every=1", "views.local_crops=2",
-        "checkpoint_every=1", *settings,
-    ]  # fmt: skip
-    to_run([saved(run.with_suffix(".pth"), {"model": weights})], run, overrides)
-    return overrides
-
-
-def weights_at(run: Path, step: int) -> Weights:
-    return load_file(run / "checkpoints" / f"step-{step:08d}" / "weights.safetensors")
-
-
-def assert_started_from(run: Path, start: Weights) -> None:
-    """The learning rate of the first step is 0: the student is still as given, and its average moves towards it."""
-    first = weights_at(run, 1)
-    for name, value in start.items():
-        if name.startswith("student.") or "decoder" in name:
-            assert torch.equal(first[name], value), name
-        elif name.startswith("teacher."):
-            moved = 0.996 * value + 0.004 * start[name.replace("teacher.", "student.", 1)]
-            torch.testing.assert_close(first[name], moved, rtol=1e-5, atol=1e-7)
-
-
-def test_sharded_training_starts_from_the_weights_unrounded(real: Weights, tmp_path: Path, beton: Path) -> None:
-    run = tmp_path / "run"
-    converted(real, beton, run, "precision=bf16", "zero.stage=2")
-    start = weights_at(run, 0)
-    commands.run("train", run / "config.yaml", "max_steps=1", "--ranks", 2)
-    assert_started_from(run, start)
-
-
-def test_a_converted_run_trains_and_evaluates(
-    real: Weights, tmp_path: Path, beton: Path, tar: Callable, encoded: Callable, picture: Callable
-) -> None:
-    run = tmp_path / "run"
-    overrides = converted(real, beton, run)
-    start = weights_at(run, 0)
-    commands.run("train", run / "config.yaml", "max_steps=2")
-    assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == [1, 2]
-    assert_started_from(run, start)
-    second = weights_at(run, 2)
-    assert not torch.equal(second["student.image.cls_token"], start["student.image.cls_token"])
-
-    files = [(f"{i}.{kind}", data) for i in range(4) for kind, data in (
-        ("jpg", encoded(picture(i), quality=90)), ("txt", f"thing {i}".encode()),
-        ("json", json.dumps({"name": f"thing {i}"}).encode()),
-    )]  # fmt: skip
-    evaluation = f"evaluate.data=[{tar('eval.tar', files)}]"
-    assert set(evaluate_run(run, [], [evaluation])) == {"zero_shot", "retrieval"}
-    from_run(run, tmp_path / "after.pth")
-    after = torch.load(tmp_path / "after.pth", weights_only=True)["model"]
-    assert list(after) == list(real)
-    assert torch.equal(after["image_encoder.cls_token"], second["student.image.cls_token"])
-
-    to_run([tmp_path / "run.pth"], tmp_path / "fresh", [*overrides, evaluation])
-    page = write_report(tmp_path / "fresh").read_text()  # before any training
-    assert "checkpoint step-00000000" in page and page.count("<img") + page.count("<svg") > 8
 
 
 def test_the_command_line(golden: Weights, tmp_path: Path) -> None:

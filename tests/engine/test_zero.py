@@ -15,6 +15,8 @@ from harmony_fast.engine.zero import deepspeed_config
 from steps import Settings, assert_same, config, run
 
 pytestmark = pytest.mark.timeout(1200)  # the first test trains all the layouts
+STEPS = 3
+"""Of two epochs: the last layers of heads are fixed in the first"""
 LAYOUTS: dict[str, dict[str, Any]] = {
     "stage0": {"zero__stage": 0},
     "stage1": {"zero__stage": 1},
@@ -100,7 +102,7 @@ def settings_of(layouts: dict[str, dict[str, Any]], steps: int) -> Settings:
 
 RESUMED = {1: {"stage0": (0, 0), "stage1": (1, 1), "1to3": (1, 3), "3to0": (3, 0), "fp16": (1, 2)},
            2: {"stage2": (2, 2), "stage3": (3, 3), "0to2": (0, 2), "fp16": (1, 2)}}  # fmt: skip
-"""Runs that stop after two of five steps and go on with another number of ranks.
+"""Runs that stop after two of three steps and go on with another number of ranks.
 
 By the ranks before, of one and two: name, ZeRO stage before and after
 """
@@ -125,19 +127,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def one_rank(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
     begun = interrupted(folders["begun-by-one"], 1, 2, True)
-    return run(folders["one"], 1, settings_of({**LAYOUTS, **CLIPPED, **PLAIN, "smaller": SMALLER}, 5) | begun)
+    return run(folders["one"], 1, settings_of({**LAYOUTS, **CLIPPED, **PLAIN, "smaller": SMALLER}, STEPS) | begun)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(folders: dict[str, Path], one_rank: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    everything = settings_of({**LAYOUTS, **CLIPPED, **LAID_OUT}, 5) | settings_of(combinations(), 2)
+    everything = settings_of({**LAYOUTS, **CLIPPED, **LAID_OUT}, STEPS) | settings_of(combinations(), 2)
     begun = interrupted(folders["begun-by-two"], 2, 2, True)
-    return run(folders["two"], 2, everything | begun | interrupted(folders["begun-by-one"], 1, 5, False))
+    return run(folders["two"], 2, everything | begun | interrupted(folders["begun-by-one"], 1, STEPS, False))
 
 
 @pytest.fixture(scope="module")
 def one_rank_resumed(folders: dict[str, Path], two_ranks: dict[str, Any]) -> dict[str, Any]:
-    return run(folders["again"], 1, interrupted(folders["begun-by-two"], 2, 5, False))
+    return run(folders["again"], 1, interrupted(folders["begun-by-two"], 2, STEPS, False))
 
 
 PAIRS = [(ranks, name) for ranks, names in RESUMED.items() for name in names if name != "fp16"]

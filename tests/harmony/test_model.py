@@ -165,7 +165,7 @@ def test_logged_numbers_are_what_they_say(tiny: dict) -> None:
     objective.class_center.value.normal_()
     scores = (vectors @ layer.weight.T - objective.class_center.value) / 0.2
     entropy = torch.distributions.Categorical(logits=scores).entropy().mean()
-    torch.testing.assert_close(objective.entropy(vectors, lambda: layer.weight, 0.2), entropy.detach())
+    torch.testing.assert_close(objective.entropy(vectors, layer.weight, 0.2), entropy.detach())
 
 
 def test_accuracy_of_masked_words(tiny: dict) -> None:

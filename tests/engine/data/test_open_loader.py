@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from harmony_fast.engine.config import RunConfig, parse_config
 from harmony_fast.engine.data import open_loader
 from harmony_fast.engine.data.open_loader import settle_order
@@ -35,3 +36,14 @@ def test_the_smallest_machine_decides(tiny: dict, beton: Path, tmp_path: Path) -
 def test_what_is_asked_for_wins(tiny: dict, beton: Path, tmp_path: Path) -> None:
     assert settle_order(settings(tiny, beton, tmp_path / "run"), ANOTHER_IS_SMALLER) == "quasi_random"
     assert settle_order(settings(tiny, beton, tmp_path / "run", order="random"), HERE) == "random"
+
+
+def test_cores_are_divided_among_the_ranks_of_a_machine(
+    tiny: dict, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(open_loader, "WebdatasetLoader", lambda *_, workers, **__: workers)
+    monkeypatch.setattr(open_loader.os, "sched_getaffinity", lambda _: range(8))
+    for local, given, workers in ((2, {}, 4), (16, {}, 1), (2, {"workers": 3}, 3)):
+        ranks = SimpleNamespace(rank=0, world_size=16, local_size=local, device=torch.device("cpu"))
+        config = settings(tiny, beton, tmp_path / "run", loader="webdataset", **given)
+        assert open_loader.open_loader(config, ranks) == workers

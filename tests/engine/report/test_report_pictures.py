@@ -138,7 +138,7 @@ def test_the_teachers_targets_are_those_of_the_loss() -> None:
     u = model.teacher.heads["self_distillation"].bottleneck(model.teacher.image.features(crops)[:, 0])
     shares = prototype_scores(model.teacher, crops, objective, 0.04)
     tau = 0.04
-    entropy = objective.entropy(u, model.teacher.heads["self_distillation"].last_layer, tau)
+    entropy = objective.entropy(u, model.teacher.heads["self_distillation"].last_layer(), tau)
     assert spread(shares) == pytest.approx(float(entropy.exp()), rel=1e-4)
     uncentred = prototype_scores(model.student, crops, objective, 0.04)
     assert not torch.allclose(shares, uncentred)  # equal weights: only the center parts them
