@@ -43,7 +43,7 @@ def test_cores_are_divided_among_the_ranks_of_a_machine(
 ) -> None:
     monkeypatch.setattr(open_loader, "WebdatasetLoader", lambda *_, workers, **__: workers)
     monkeypatch.setattr(open_loader.os, "sched_getaffinity", lambda _: range(8))
-    for local, given, workers in ((2, {}, 4), (16, {}, 1), (2, {"workers": 3}, 3)):
+    for local, given, workers in ((2, None, 4), (16, None, 1), (2, 3, 3)):
         ranks = SimpleNamespace(rank=0, world_size=16, local_size=local, device=torch.device("cpu"))
-        config = settings(tiny, beton, tmp_path / "run", loader="webdataset", **given)
+        config = settings(tiny, beton, tmp_path / "run", loader="webdataset", workers=given)
         assert open_loader.open_loader(config, ranks) == workers
