@@ -24,7 +24,7 @@ test: setup  ## Run the tests
 test-faults: setup  ## Interrupt, damage and starve runs, and count what is lost
 	.venv/bin/python -m pytest tests/faults -m '' --numprocesses auto --maxprocesses 2 --dist worksteal
 
-coverage: setup  ## Run them all, and say which lines of the project none of them reaches (half an hour)
+coverage: setup  ## Run them all, and say which lines of the project none of them reaches
 	.venv/bin/coverage erase
 	.venv/bin/coverage run -m pytest --ignore tests/faults --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --timeout 1200
 	.venv/bin/coverage combine --quiet

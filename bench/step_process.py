@@ -2,7 +2,7 @@
 
 One heap for all would not do: what one rival leaves in it makes page faults in the next one's steps, a quarter of their
 time on a CPU. All have malloc keep its pages, as `harmony-fast train` does. Where they would not fit beside each other,
-a rival gives back between its turns what it does not hold; a step faults those pages in once, 1 % of its time at most.
+a rival gives back between its turns what it does not hold; a step then faults those pages in, each once.
 """
 
 from __future__ import annotations
