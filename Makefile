@@ -3,6 +3,7 @@
 .PHONY: help setup demo test test-faults coverage lint docs clean
 
 RUN := .venv/bin/harmony-fast
+TESTS := -m pytest --ignore tests/faults --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # Unset: where bytecode may not be written, every start compiles everything again (10 s).
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -19,14 +20,14 @@ demo: setup  ## Train all five objectives on the demo data, evaluate, write runs
 	$(RUN) report runs/demo
 
 test: setup  ## Run the tests
-	.venv/bin/python -m pytest --ignore tests/faults --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	.venv/bin/python $(TESTS)
 
 test-faults: setup  ## Interrupt, damage and starve runs, and count what is lost
 	.venv/bin/python -m pytest tests/faults -m '' --numprocesses auto --maxprocesses 2 --dist worksteal
 
 coverage: setup  ## Run them all, and say which lines of the project none of them reaches
 	.venv/bin/coverage erase
-	.venv/bin/coverage run -m pytest --ignore tests/faults --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --timeout 1200
+	.venv/bin/coverage run $(TESTS) --timeout 1200
 	.venv/bin/coverage combine --quiet
 	.venv/bin/coverage report --skip-covered --show-missing --fail-under=90
 

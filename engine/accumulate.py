@@ -84,12 +84,12 @@ def accumulate(zero: Runner, step: MicroBatches, clock: Clock, ranks: Collective
         outputs.append(compared)
     if whole is not None:
         backward(whole, gradients[-1], last=False)
-    ahead = count - (whole is not None)
-    for k in range(ahead):
+    left = count if whole is None else count - 1
+    for k in range(left):
         views = step[k]
         shared = taught[k] if taught else teach(zero, views)
         for names in passes:
-            backward(forward(views, shared, names), gradients[k], last=k == ahead - 1 and names is passes[-1])
+            backward(forward(views, shared, names), gradients[k], last=k == left - 1 and names is passes[-1])
     return _report(model, outputs)
 
 

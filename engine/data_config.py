@@ -45,7 +45,8 @@ class DataConfig(Config):
     """Samples of one forward and backward pass on one rank; null: all of the rank's. Gradients are accumulated; the
     contrastive loss still compares the whole batch."""
     workers: PositiveInt | None = None
-    """Decoding threads per rank; null: the processor cores divided among the ranks."""
+    """Decoding threads per rank; null: the processor cores divided among the ranks of
+    a machine."""
     augment: AugmentConfig = AugmentConfig()
 
     @field_validator("train", mode="before")

@@ -177,7 +177,7 @@ def _composed(
         )
         if idle is not None:
             out = out.masked_fill(idle, 0)
-        parts.append(out.transpose(1, 2).flatten(0, 1))
+        parts.append(_tokens_first(out))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -223,8 +223,8 @@ class _OnCpu(torch.autograd.Function):
                 dout if idle is None else dout.masked_fill(idle, 0), *inputs, lse, 0.0, **options
             )
             parts.append([_tokens_first(x) for x in found])
-        whole_ones = parts[0] if len(parts) == 1 else [torch.cat(x) for x in zip(*parts, strict=True)]
-        return *whole_ones, None, None, None, None
+        packed = parts[0] if len(parts) == 1 else [torch.cat(x) for x in zip(*parts, strict=True)]
+        return *packed, None, None, None, None
 
 
 def _heads_first(x: Tensor, block: slice, shape: tuple[int, int]) -> Tensor:

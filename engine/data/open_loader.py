@@ -52,7 +52,7 @@ def open_loader(config: RunConfig, ranks: Ranks) -> AnyLoader:
     """This rank's loader of the training data. Raises DataError as the loaders do."""
     data = config.data
     pin = ranks.device.type == "cuda"
-    workers = data.workers or max(1, len(os.sched_getaffinity(0)) // ranks.local_size)
+    workers = data.workers or cores_of_a_rank(ranks.local_size)
     if data.loader == "webdataset":
         cache = Cache(data.cache_dir, int(data.cache_gib * GIB)) if data.cache_dir else None
         return WebdatasetLoader(
@@ -68,6 +68,11 @@ def open_loader(config: RunConfig, ranks: Ranks) -> AnyLoader:
         world_size=ranks.world_size, workers=workers, order=settle_order(config, ranks), reading=data.reading,
         pin=pin,
     )  # fmt: skip
+
+
+def cores_of_a_rank(local_size: int) -> int:
+    """This process's cores divided among the ranks of its machine; at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // local_size)
 
 
 def settle_order(config: RunConfig, ranks: Ranks) -> Literal["random", "quasi_random"]:

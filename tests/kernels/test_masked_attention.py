@@ -122,6 +122,23 @@ def test_gradcheck(causal: bool) -> None:
         )
 
 
+def test_what_attention_gives_is_kept_once(torch_backend: None) -> None:
+    """On a CPU, for sequences of several lengths: the result itself, beside q, k, v and a log-sum-exp per head."""
+    lengths = [7, 7, 3, 2]
+    leaves = [x.requires_grad_() for x in tensors(lengths, dtype=torch.float32, layout="apart")]
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = masked_attention(*leaves, offsets_of(lengths), 7)
+    assert out.untyped_storage().data_ptr() in kept
+    sums = 4 * out.shape[0] * out.shape[1]
+    assert sum(kept.values()) == 4 * out.nbytes + sums
+
+
 @pytest.mark.parametrize("weights", [0, 150, 10**6])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
