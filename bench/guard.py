@@ -119,7 +119,8 @@ def count(name: str) -> dict[str, float]:
     live.watch(model)
     with dispatch.preferring(backend), live:
         passes = Imagined(model, live)
-        accumulate(passes, [views] * (BATCH // size), CLOCK, Collectives(), config.pass_mode == "split")
+        split = config.pass_mode == "split"
+        accumulate(passes, [views] * (BATCH // size), CLOCK, Collectives(), split, config.kept_graphs)
     return {
         "operations a sample": live.flops / BATCH, "bytes at the peak": live.peak, "bytes written": live.written,
         "operator calls": live.calls, "backward passes": passes.passes,

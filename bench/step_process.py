@@ -41,7 +41,8 @@ class Apart:
 
     def __init__(self, make: Make, config: RunConfig) -> None:
         keep_pages_in_children()
-        context = get_context("spawn")
+        context = get_context("forkserver")  # which imports everything once, and computes nothing
+        context.set_forkserver_preload([__name__])
         self._pipe, far = context.Pipe()
         self._process = context.Process(target=_serve, args=(make, config, far), daemon=True)
         self._process.start()

@@ -84,7 +84,7 @@ class Ours:
         self.model.train()
         watched: dict[str, list[tuple[object, str]]] = {
             "teacher": [(self.model, "teach")],
-            "student forward": [(self.model, name) for name in ("losses", "embeddings", "compare")],
+            "student forward": [(self.model, name) for name in ("losses", "embed", "compare")],
             "backward": [(self._zero, "backward")],
         }
         for part, methods in watched.items():
@@ -97,7 +97,8 @@ class Ours:
             parts = count_micro_batches(self._config, self._ranks)
             views = _Watched(StepViews(self._config, self._batch, CLOCK, self._ranks.device, parts), self)
         scalars = scalars_at(self._config, CLOCK)
-        output = accumulate(self._zero, views, CLOCK, self._ranks, self._config.pass_mode == "split")
+        split, kept = self._config.pass_mode == "split", self._config.kept_graphs
+        output = accumulate(self._zero, views, CLOCK, self._ranks, split, kept)
         with self.watch("optimizer"):
             self._zero.step(scalars, CLOCK)
         with self.watch("EMA"):

@@ -186,8 +186,10 @@ def _case(case: dict[str, Any]) -> str:
 
 def _way(name: str, case: dict[str, Any]) -> str:
     """A rival, and how ours went through the step."""
-    size = case["micro_batch"]
-    return f"{name}, micro-batches of {size}" if name == OUR_STEP and size < case["micro"] else name
+    size, kept = case["micro_batch"], case.get("kept_graphs", 1)
+    if name != OUR_STEP or size == case["micro"]:
+        return name
+    return f"{name}, micro-batches of {size}" + (f", {kept} graphs kept" if kept > 1 else "")
 
 
 SWEPT = ("zero_shot/top10", "retrieval/image_to_text/r10", "retrieval/text_to_image/r10", "knn/top1")

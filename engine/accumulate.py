@@ -3,9 +3,9 @@
 packed: one pass per micro-batch over all views. split: one pass, with a backward pass of its own, for each group of
 objectives that share no view, so that the activations of one group are held at a time; the teacher pass is shared.
 Objectives that compare samples see all micro-batches at once (GradCache, Gao et al. 2021): their embeddings are made
-first, without a graph but for one micro-batch, the loss and its gradient with respect to them are taken once, and each
-micro-batch passes its part of that gradient on. The gradient is the same, to rounding, in every mode and for any number
-of micro-batches.
+first, the loss and its gradient with respect to them are taken once, and each micro-batch passes its part of that
+gradient on. Where the graph of a micro-batch's embeddings was not kept, they are made once more. The gradient is the
+same, to rounding, in every mode and for any number of micro-batches.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from ..harmony.model import Harmony, StepOutput, Taught
+from ..harmony.model import Embedded, Harmony, StepOutput, Taught
 from ..harmony.objectives import Collectives, Embeddings
 from ..harmony.schedules import Clock
 from ..harmony.views import Views
@@ -50,46 +50,44 @@ class MicroBatches(Protocol):
     def __getitem__(self, k: int, /) -> Views: ...
 
 
-def accumulate(zero: Runner, step: MicroBatches, clock: Clock, ranks: Collectives, split: bool) -> StepOutput:
-    """Add up the gradient of one step. Returns the losses, detached."""
+def accumulate(
+    zero: Runner, step: MicroBatches, clock: Clock, ranks: Collectives, split: bool, kept: int = 1
+) -> StepOutput:
+    """Add up the gradient of one step. Returns the losses, detached.
+
+    kept: of how many micro-batches, in packed passes, the graph of embeddings is kept until samples are compared.
+    """
     count, model = len(step), zero.model
     passes = model.passes() if split else [list(model.objectives)]
     apart = [name for name, o in model.objectives.items() if o.compares_samples] if count > 1 else []
+
+    def losses(views: Views, shared: Taught, names: list[str], graph: Embedded | None) -> StepOutput:
+        return zero.forward(lambda m: m.losses(views, shared, clock, ranks, names, apart, graph))
+
     outputs: list[StepOutput] = []
-
-    def forward(views: Views, shared: Taught, names: list[str]) -> StepOutput:
-        return zero.forward(lambda m: m.losses(views, shared, clock, ranks, names, apart))
-
-    def backward(output: StepOutput, pulled: Gradients, last: bool) -> None:
-        loss = output.loss / count
-        for name, own in output.apart.items():
-            loss = loss + sum((e * g).sum() for e, g in zip(own.student, pulled[name], strict=True))
-        zero.backward(loss, last)
-        outputs.append(StepOutput(loss.detach(), output.losses, output.metrics, {}))
-
     taught: list[Taught] = []
-    embedded: list[dict[str, Embeddings]] = []
+    made: list[Embedded | None] = []
     gradients: list[Gradients] = [{}] * count
-    whole: StepOutput | None = None
-    for k in range(count if apart else 0):
-        views = step[k]
-        taught.append(teach(zero, views))
-        if k < count - 1 or split:
-            embedded.append(embed(zero, views, taught[k], clock))
-        else:  # the last one's whole pass makes its embeddings as well, and waits for their gradient
-            whole = forward(views, taught[k], passes[0])
-            embedded.append(whole.apart)
     if apart:
-        compared, gradients = _compare(zero, embedded, clock, ranks)
+        embedded = []
+        for k in range(count):
+            views, keeps = step[k], k < kept and not split
+            taught.append(teach(zero, views))
+            embedded.append(embed(zero, views, taught[k], clock, graph=keeps))
+            made.append(embedded[k] if keeps else None)
+        compared, gradients = _compare(zero, [e.embeddings for e in embedded], clock, ranks)
         outputs.append(compared)
-    if whole is not None:
-        backward(whole, gradients[-1], last=False)
-    left = count if whole is None else count - 1
-    for k in range(left):
+        del embedded
+    for k in range(count):
         views = step[k]
-        shared = taught[k] if taught else teach(zero, views)
+        shared, graph = (taught[k], made[k]) if apart else (teach(zero, views), None)
         for names in passes:
-            backward(forward(views, shared, names), gradients[k], last=k == left - 1 and names is passes[-1])
+            output = losses(views, shared, names, graph)
+            loss = output.loss / count
+            for name, own in output.apart.items():
+                loss = loss + sum((e * g).sum() for e, g in zip(own.student, gradients[k][name], strict=True))
+            zero.backward(loss, last=k == count - 1 and names is passes[-1])
+            outputs.append(StepOutput(loss.detach(), output.losses, output.metrics, {}))
     return _report(model, outputs)
 
 
@@ -98,9 +96,10 @@ def teach(zero: Runner, views: Views) -> Taught:
     return zero.forward(lambda m: m.teach(views))
 
 
-def embed(zero: Runner, views: Views, shared: Taught, clock: Clock) -> dict[str, Embeddings]:
-    """What one micro-batch gives to objectives that compare samples, without a graph."""
-    return zero.forward(lambda m: m.embeddings(views, shared, clock))
+def embed(zero: Runner, views: Views, shared: Taught, clock: Clock, graph: bool) -> Embedded:
+    """What one micro-batch gives to objectives that compare samples, with or without a graph."""
+    with torch.set_grad_enabled(graph):
+        return zero.forward(lambda m: m.embed(views, shared, clock))
 
 
 def _compare(

@@ -158,6 +158,10 @@ class RunConfig(MethodConfig):
     pass_mode: Literal["packed", "split"] = Field("packed", alias="pass")
     """packed: one student pass for all objectives; split: one for each group of objectives that share no view, each
     with its own backward pass, so that less is held at a time. The gradients are the same."""
+    kept_graphs: int = Field(1, ge=0)
+    """Of how many micro-batches, in packed passes, the graph of the views that samples are compared by (those of
+    `contrastive`) is kept until all are compared. Of the others these views are encoded twice, which takes up to 5 %
+    longer."""
     activation_checkpointing: CheckpointingConfig = CheckpointingConfig()
     reference_compat: bool = False
     """Do what the authors' code does wherever that differs from what was meant (see REFERENCE_COMPAT)."""

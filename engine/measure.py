@@ -96,7 +96,7 @@ def _steps(config: RunConfig, ranks: Ranks) -> dict[str, float]:
         else:
             live.peak = 0.0
         noise_step(config, zero, ema, clock, ranks)
-    seconds = _seconds(lambda: noise_step(config, zero, ema, clock, ranks), ranks.device)
+    seconds = _timed(lambda: noise_step(config, zero, ema, clock, ranks), ranks.device)
     if live is not None:
         return {"tensors": live.peak, "seconds": seconds}
     free, total = torch.cuda.mem_get_info(ranks.device)
@@ -155,14 +155,17 @@ def _products(dtype: torch.dtype, rows: int, device: torch.device) -> float:
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """Median time of a piece of work that was done once before."""
-    taken = []
-    for _ in range(1 + REPEATS):
-        _wait(device)
-        begin = time.perf_counter()
-        work()
-        _wait(device)
-        taken.append(time.perf_counter() - begin)
+    taken = [_timed(work, device) for _ in range(1 + REPEATS)]
     return sorted(taken[1:])[REPEATS // 2]
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a piece of work."""
+    _wait(device)
+    begin = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - begin
 
 
 def _wait(device: torch.device) -> None:

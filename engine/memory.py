@@ -148,7 +148,7 @@ def go_through(config: RunConfig, ranks: int, device: Device = "cuda") -> Passes
     with dispatch.preferring("torch" if device == "cpu" else "auto"), live:
         zero = Imagined(model, live)
         views = _ImaginedViews(config, samples, parts, live)
-        accumulate(zero, views, clock, imagined, config.pass_mode == "split")
+        accumulate(zero, views, clock, imagined, config.pass_mode == "split", config.kept_graphs)
     buffers = sum(b.nbytes for b in model.buffers())
     peak: dict[str, float] = {label: size for label, size in live.at_peak.items() if size}
     raw = samples.global_crops.nbytes + samples.local_crops.nbytes

@@ -172,12 +172,13 @@ class Planner:
         return next((plan for plan in self._estimates if budget.fits(plan.memory)), None)
 
     def examine(self, *choices: dict[str, Any]) -> list[Plan]:
-        """Some settings, their passes gone through exactly; of many micro-batches, two."""
+        """Some settings, their passes gone through exactly; of many micro-batches, one more than graphs are kept of."""
         parts = [self._own // settings["data.micro_batch_size"] for settings in choices]
-        sizes = [min(n, 2) * s["data.micro_batch_size"] * self.ranks for n, s in zip(parts, choices, strict=True)]
+        gone = [min(n, max(self.config.kept_graphs, 1) + 1) for n in parts]
+        sizes = [n * s["data.micro_batch_size"] * self.ranks for n, s in zip(gone, choices, strict=True)]
         configs = [self._with({**s, "data.batch_size": size}) for s, size in zip(choices, sizes, strict=True)]
         passes = self._walks(configs)
-        return [self._plan(s, _many(p, min(n, 2), n)) for s, p, n in zip(choices, passes, parts, strict=True)]
+        return [self._plan(s, _many(p, g, n)) for s, p, g, n in zip(choices, passes, gone, parts, strict=True)]
 
     @cached_property
     def _estimates(self) -> list[Plan]:

@@ -34,7 +34,7 @@ def step(
     All ranks must call. norms: whether gradient norms are wanted.
     """
     scalars = scalars_at(config, clock)
-    output = accumulate(zero, views, clock, ranks, split=config.pass_mode == "split")
+    output = accumulate(zero, views, clock, ranks, config.pass_mode == "split", config.kept_graphs)
     found = zero.gradient_norms() if norms else {}
     taken = zero.step(scalars, clock)
     if taken:

@@ -212,32 +212,42 @@ class ImageEncoder(nn.Module):
         if self.contrastive_projection is not None:
             nn.init.normal_(self.contrastive_projection, std=self.config.width**-0.5)
 
-    def forward(self, views: Views, request: Request, reads: dict[View, Reads] = {}) -> dict[View, Tensor]:  # noqa: B006
+    def forward(
+        self, views: Views, request: Request, reads: dict[View, Reads] | None = None, plain: Tensor | None = None
+    ) -> dict[View, Tensor]:
         """Encode the requested views in one pass. Returns [crops, B, L, D] for each, after the final norm.
 
         reads: which tokens of a view are read, all of one that is not named. The others are keys to the last, and
-        come out as 0.
+        come out as 0. plain: [crops, B, D], class tokens that another pass has made of the first plain crops, which
+        serve masked crops of which nothing is masked.
         """
+        reads = reads or {}
         names = [view for view in View if view.is_image and view in request]
         crops = max([request[v] for v in names if v is not View.LOCAL], default=0)
         embedded = self.embed(views.global_crops[:crops]) if crops else views.global_crops
         sequences = {view: self._sequence(view, request[view], embedded, views).flatten(0, 1) for view in names}
-        apart = _plain_apart(views, request, reads)
-        if apart is not None:
-            places = apart.to(embedded.device, non_blocking=True)
-            sequences[View.GLOBAL_PLAIN] = sequences[View.GLOBAL_PLAIN].index_select(0, places)
+        apart = _apart(views, request, reads, plain)
+        places = {view: own.to(embedded.device, non_blocking=True) for view, own in apart.items()}
+        for view, own in places.items():
+            sequences[view] = sequences[view].index_select(0, own)
         names.sort(key=lambda view: -sequences[view].shape[1])
         groups = [sequences[view] for view in names]
         packed, layout = pack_dense(groups)
         kept = self._stochastic_depth(views, names, request, layout, apart)
-        wanted = self._wanted(views, names, groups, reads)
+        wanted = self._wanted(views, names, groups, reads, places.get(View.GLOBAL_MASKED))
         tokens = self.encode(packed, layout, kept, wanted)
         if wanted is not None:
             tokens = tokens.new_zeros(packed.shape).index_copy(0, wanted, tokens)
         features = dict(zip(names, unpack_dense(tokens, groups), strict=True))
-        if apart is not None:
-            shared = features[View.GLOBAL_MASKED][: request[View.GLOBAL_PLAIN] * views.batch_size]
-            features[View.GLOBAL_PLAIN] = shared.index_copy(0, places, features[View.GLOBAL_PLAIN])
+        for view, own in places.items():
+            count = request[view] * views.batch_size
+            if view is View.GLOBAL_PLAIN:
+                others = features[View.GLOBAL_MASKED][:count]
+            else:
+                assert plain is not None  # see `_apart`
+                others = tokens.new_zeros(count, *features[view].shape[1:])
+                others[: plain.shape[:2].numel(), 0] = plain.flatten(0, 1)
+            features[view] = others.index_copy(0, own, features[view])
         return {view: flat.unflatten(0, (request[view], -1)) for view, flat in features.items()}
 
     def encode(
@@ -254,8 +264,11 @@ class ImageEncoder(nn.Module):
             tokens = run_block(block, i, self.checkpoint_every, tokens, layout, *arguments)
         return self.norm(tokens)
 
-    def _wanted(self, views: Views, names: list[View], groups: list[Tensor], reads: dict[View, Reads]) -> Tensor | None:
-        """Packed places of the tokens that are read: int64 [R]; None: all. groups: the views' sequences [n, L, D]."""
+    def _wanted(
+        self, views: Views, names: list[View], groups: list[Tensor], reads: dict[View, Reads], masked: Tensor | None
+    ) -> Tensor | None:
+        """Packed places of the tokens that are read: int64 [R]; None: all. groups: the views' sequences [n, L, D].
+        masked: the masked crops that have a sequence, as places in the flattened [crops, B]; None: all."""
         read = [reads.get(view, Reads.ALL) for view in names]
         if all(r is Reads.ALL for r in read):
             return None
@@ -270,6 +283,9 @@ class ImageEncoder(nn.Module):
                 # All crops are masked crops here: an objective that reads them asks for every global crop.
                 patches = length - 1
                 sequence = torch.div(views.block_index, patches, rounding_mode="floor")
+                if masked is not None:
+                    order = sequence.new_zeros(views.block_mask.shape[:2].numel())
+                    sequence = order.index_copy(0, masked, torch.arange(count, device=device))[sequence]
                 places.append(start + sequence * length + 1 + views.block_index % patches)
             start += count * length
         return torch.cat(places)
@@ -338,9 +354,9 @@ class ImageEncoder(nn.Module):
         return grid[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)
 
     def _stochastic_depth(
-        self, views: Views, names: list[View], request: Request, layout: Layout, apart: Tensor | None
+        self, views: Views, names: list[View], request: Request, layout: Layout, apart: dict[View, Tensor]
     ) -> list[BranchesKept] | None:
-        """What each block computes of the packed views `names`; None: everything. apart: see `_plain_apart`.
+        """What each block computes of the packed views `names`; None: everything. apart: see `_apart`.
 
         A draw belongs to (sample, view, crop, block): it does not depend on how samples are spread over ranks. A masked
         view that hides nothing is the plain view, and has its draw.
@@ -353,18 +369,24 @@ class ImageEncoder(nn.Module):
             masked, plain = keys[View.GLOBAL_MASKED], split(by_view[View.GLOBAL_PLAIN], request[View.GLOBAL_MASKED])
             hidden = views.hidden_crops[views.hidden_crops < len(masked)]
             keys[View.GLOBAL_MASKED] = plain.T.flatten().index_copy(0, hidden, masked[hidden])
-        if apart is not None:
-            keys[View.GLOBAL_PLAIN] = keys[View.GLOBAL_PLAIN][apart]
+        for view, own in apart.items():
+            keys[view] = keys[view][own]
         device = self.cls_token.device
         return draw_kept(torch.cat(list(keys.values())), layout, self.config.drop_path, len(self.blocks), device)
 
 
-def _plain_apart(views: Views, request: Request, reads: dict[View, Reads]) -> Tensor | None:
-    """The plain crops that need a sequence of their own beside the masked ones, as places in the flattened [crops, B]:
-    int64, on the host; None: all. The others are their masked view, of which nothing is masked."""
-    plain, masked = View.GLOBAL_PLAIN, View.GLOBAL_MASKED
-    if not 0 < request.get(plain, 0) <= request.get(masked, 0):
-        return None
-    if reads.get(plain, Reads.ALL) > reads.get(masked, Reads.ALL):
-        return None
-    return views.hidden_crops[views.hidden_crops < request[plain] * views.batch_size]
+def _apart(views: Views, request: Request, reads: dict[View, Reads], plain: Tensor | None = None) -> dict[View, Tensor]:
+    """Of a view that shares crops with another, those that need a sequence of their own, as places in the flattened
+    [crops, B]: int64, on the host. A masked crop of which nothing is masked is its plain crop, which may be in this
+    pass too, or have been in another one (plain: see `ImageEncoder.forward`)."""
+    masked = request.get(View.GLOBAL_MASKED, 0)
+    if count := request.get(View.GLOBAL_PLAIN, 0):
+        read = (reads.get(view, Reads.ALL) for view in (View.GLOBAL_PLAIN, View.GLOBAL_MASKED))
+        if count > masked or next(read) > next(read):
+            return {}
+        return {View.GLOBAL_PLAIN: views.hidden_crops[views.hidden_crops < count * views.batch_size]}
+    if plain is None or len(plain) > masked or reads.get(View.GLOBAL_MASKED, Reads.ALL) is Reads.ALL:
+        return {}
+    needed = torch.arange(masked * views.batch_size) >= len(plain) * views.batch_size
+    needed[views.hidden_crops[views.hidden_crops < len(needed)]] = True
+    return {View.GLOBAL_MASKED: needed.nonzero().squeeze(1)}

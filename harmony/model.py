@@ -84,12 +84,14 @@ class Branch(nn.Module):
         heads = {name: o.build_head() for name, o in objectives.items() if not teacher or o.teacher_views}
         self.heads = nn.ModuleDict({name: head for name, head in heads.items() if head is not None})
 
-    def encode(self, views: Views, request: Request, reads: dict[View, Reads] | None = None) -> tuple[dict, dict]:
-        """One pass of each tower over the union of requested views. reads: see `ImageEncoder.forward`."""
+    def encode(
+        self, views: Views, request: Request, reads: dict[View, Reads] | None = None, plain: Tensor | None = None
+    ) -> tuple[dict, dict]:
+        """One pass of each tower over the union of requested views. reads, plain: see `ImageEncoder.forward`."""
         images, captions = {}, {}
         if any(v.is_image for v in request):
             assert self.image is not None  # built for what the objectives ask for
-            images = self.image(views, request, reads or {})
+            images = self.image(views, request, reads, plain)
         if not all(v.is_image for v in request):
             assert self.text is not None
             captions = self.text(views, request, self.whole_captions)
@@ -124,6 +126,15 @@ class StepOutput(NamedTuple):
     """Detached, by "objective/name" """
     apart: dict[str, Embeddings]
     """Of objectives that were asked for their embeddings instead"""
+
+
+class Embedded(NamedTuple):
+    """What objectives that compare samples need of one micro-batch."""
+
+    embeddings: dict[str, Embeddings]
+    """By objective"""
+    plain: Tensor | None
+    """[crops, B, D]: class tokens of the plain crops among the views they read"""
 
 
 def most_read(objectives: list[tuple[Request, dict[View, Reads]]]) -> dict[View, Reads]:
@@ -172,18 +183,19 @@ class Harmony(nn.Module):
 
     def losses(
         self, views: Views, taught: Taught, clock: Clock, collectives: Collectives, names: Sequence[str] | None = None,
-        apart: Sequence[str] = (),
+        apart: Sequence[str] = (), made: Embedded | None = None,
     ) -> StepOutput:  # fmt: skip
         """The losses of one micro-batch: one student pass over the union of the views that the objectives ask for.
 
         names: the objectives of this pass (None: all). apart: those of which embeddings are wanted in the place of a
-        loss, because samples of several micro-batches are to be compared (see `compare`).
+        loss, because samples of several micro-batches are to be compared (see `compare`). made: what `embed` has made
+        for these already, with its graph.
         Raises KeyError if an objective uses a view it did not ask for.
         """
-        objectives = {name: self.objectives[name] for name in names or self.objectives}
-        learned = self._learn(views, list(objectives.values()))
+        embedded = {} if made is None else dict(made.embeddings)
+        objectives = {n: self.objectives[n] for n in names or self.objectives if n not in embedded}
+        learned = self._learn(views, list(objectives.values()), None if made is None else made.plain)
         outcomes: dict[str, Outcome] = {}
-        embedded: dict[str, Embeddings] = {}
         for name, objective in objectives.items():
             student, teacher = self.student.features(learned, name), self.teacher.features(taught, name)
             if name in apart:
@@ -192,25 +204,26 @@ class Harmony(nn.Module):
                 outcomes[name] = objective(student, teacher, views, clock, collectives)
         return self._summed(outcomes, embedded)
 
-    @torch.no_grad()
-    def embeddings(self, views: Views, taught: Taught, clock: Clock) -> dict[str, Embeddings]:
-        """What the objectives that compare samples need of one micro-batch, without gradient."""
+    def embed(self, views: Views, taught: Taught, clock: Clock) -> Embedded:
+        """What the objectives that compare samples need of one micro-batch."""
         objectives = {n: o for n, o in self.objectives.items() if o.compares_samples}
         learned = self._learn(views, list(objectives.values()))
-        return {
+        embeddings = {
             name: objective.embed(self.student.features(learned, name), self.teacher.features(taught, name), clock)
             for name, objective in objectives.items()
         }
+        images, _ = learned
+        return Embedded(embeddings, images[View.GLOBAL_PLAIN][:, :, 0] if View.GLOBAL_PLAIN in images else None)
 
     def compare(self, embeddings: dict[str, Embeddings], clock: Clock, collectives: Collectives) -> StepOutput:
         """The losses of objectives that compare samples, over the embeddings of all micro-batches."""
         outcomes = {n: self.objectives[n].compare(e, clock, collectives) for n, e in embeddings.items()}
         return self._summed(outcomes, {})
 
-    def _learn(self, views: Views, objectives: list[Objective]) -> tuple[dict, dict]:
-        """The student's pass for some objectives. What none of them reads is 0."""
+    def _learn(self, views: Views, objectives: list[Objective], plain: Tensor | None = None) -> tuple[dict, dict]:
+        """The student's pass for some objectives. What none of them reads is 0. plain: see `ImageEncoder.forward`."""
         reads = most_read([(o.student_views, o.student_reads) for o in objectives])
-        return self.student.encode(views, union([o.student_views for o in objectives]), reads)
+        return self.student.encode(views, union([o.student_views for o in objectives]), reads, plain)
 
     def _summed(self, outcomes: dict[str, Outcome], apart: dict[str, Embeddings]) -> StepOutput:
         """The weighted sum of the objectives' losses, beside what they report."""

@@ -21,7 +21,7 @@ from harmony_fast.bench.step import (
     added_to,
     compared,
     configured,
-    fewest_pieces,
+    cut_to,
     measure_all,
     measure_each,
     same_case,
@@ -59,7 +59,7 @@ def test_the_command_writes_json_and_plot(kind: str, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "harmony_fast.bench.step", "--only", kind, "--tower", "ViT-Ti/16", "--micro", "4",
         "--precision", "fp32", "--rounds", "3", "--out", str(tmp_path), "--set", *TINY,
-        *(HEADS if kind == "step" else ["views.local_crops=0"]), "--variant", "split", "one pass",
+        *([*HEADS, "--variant", "one pass"] if kind == "step" else ["views.local_crops=0"]),
     ]  # fmt: skip
     done = run(command)
     assert "samples/s" in done and "student forward" in done
@@ -68,7 +68,7 @@ def test_the_command_writes_json_and_plot(kind: str, tmp_path: Path) -> None:
     (case,) = report["cases"]
     assert f"{case['results'][OURS]['samples_per_second']:.3f} (" in tables.step(report)
     rival = "four passes" if kind == "step" else "open_clip"
-    assert list(case["results"]) == [OURS, f"{OURS}, split", f"{OURS}, one pass", rival]
+    assert list(case["results"]) == [OURS, *([f"{OURS}, one pass"] if kind == "step" else []), rival]
     for result in case["results"].values():
         assert result["samples_per_second"] > 0 and result["mfu"] > 0
         assert result["peak_mib"] > result["held_mib"] > 0
@@ -136,11 +136,20 @@ class Leaves(Quick):
         os._exit(3)
 
 
-def test_the_fewest_micro_batches_within_a_limit() -> None:
-    config = configured("step", "ViT-Ti/16", 8, "fp32", [*TINY, *HEADS])
-    halves = predict(with_overrides(config, ["data.micro_batch_size=4"]), 1, "cpu").total
-    for limit, pieces in ((1e15, 1), (halves, 2), (halves - 1, 4), (0.0, 8)):
-        assert fewest_pieces(config, limit) == pieces
+def test_micro_batches_within_a_limit() -> None:
+    """With the fewest operations: as many graphs kept as there is room for."""
+    others = [f"objectives.{name}=null" for name in ("masked_language", "text_distillation")]
+    config = configured("step", "ViT-Ti/16", 8, "fp32", [*TINY, HEADS[0], HEADS[2], *others])
+
+    def peak(micro: int, kept: int) -> float:
+        return predict(
+            with_overrides(config, [f"data.micro_batch_size={micro}", f"kept_graphs={kept}"]), 1, "cpu"
+        ).total
+
+    assert peak(2, 4) < peak(4, 1) < peak(4, 2) < peak(8, 1)
+    for limit, micro, kept in ((1e15, 8, 1), (peak(4, 2), 4, 2), (peak(4, 1), 2, 4), (0.0, 1, 1)):
+        cut = cut_to(limit, config)
+        assert (cut.data.micro_batch_size, cut.kept_graphs) == (micro, kept)
 
 
 def test_losses_that_differ_are_no_success() -> None:

@@ -24,7 +24,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "stage3": {"zero__stage": 3},
     "split": {"pass": "split"},
     "micro": {"data__micro_batch_size": 2},
-    "micro1": {"data__micro_batch_size": 1, "zero__stage": 2},
+    "micro1": {"data__micro_batch_size": 1, "zero__stage": 2, "kept_graphs": 2},
+    "kept_recomputed1": {
+        "data__micro_batch_size": 2,
+        "zero__stage": 1,
+        "kept_graphs": 9,
+        "activation_checkpointing": {"image": 1, "text": 1},
+    },
+    "kept3": {"data__micro_batch_size": 1, "zero__stage": 3, "kept_graphs": 3},
     "split_micro3": {"pass": "split", "data__micro_batch_size": 2, "zero__stage": 3},
     "recompute": {"activation_checkpointing": {"image": 1, "text": 2}},
     "recompute3": {"activation_checkpointing": {"image": 2, "text": 1}, "zero__stage": 3},
@@ -64,6 +71,7 @@ def drawn(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
         "zero__stage": stage, "zero__offload_optimizer": bool(stage) and draw.random() < 0.3,
         "data__micro_batch_size": draw.choice((None, 1, 2)), "pass": draw.choice(("packed", "split")),
         "activation_checkpointing": {"image": draw.randint(0, 3), "text": draw.randint(0, 2)},
+        "kept_graphs": draw.randint(0, 3),
     }  # fmt: skip
     return model, layout
 
@@ -73,7 +81,9 @@ PLAIN = {f"{name}-plain": model for name, (model, _) in DRAWN.items()}
 LAID_OUT = {name: {**model, **layout} for name, (model, layout) in DRAWN.items()}
 
 
-SMALLER = {"model__image__depth": 1, "model__text__depth": 1, "data__batch_size": 4}
+SOME = ("contrastive", "self_distillation", "masked_language")
+SMALLER = {"model__image__depth": 1, "model__text__depth": 1, "data__batch_size": 4,
+           "objectives": {name: config()["objectives"][name] for name in SOME}}  # fmt: skip
 
 
 def combinations() -> dict[str, dict[str, Any]]:
