@@ -44,6 +44,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 NEVER_KEPT = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
 LAYOUTS["gather3"] = {"zero__stage": 3, "deepspeed": {"zero_optimization": NEVER_KEPT}}
 """Parameters are gathered for each use, which the formula counts; by default small ones stay"""
+ON_ONE = ("stage0", "stage1", "stage2", "stage3", "gather3", "split", "micro", "recompute", "offload_micro")
+"""Layouts that are tried on one rank as well as on two"""
 
 CLIPPED: dict[str, dict[str, Any]] = {
     f"clipped{stage}": {"zero__stage": stage, "optimizer__clip": "parameter", "optimizer__clip_grad": 0.1,
@@ -110,7 +112,7 @@ def settings_of(layouts: dict[str, dict[str, Any]], steps: int) -> Settings:
     return {name: (config(run_dir="none", **layout), steps, False) for name, layout in layouts.items()}
 
 
-RESUMED = {1: {"stage0": (0, 0), "stage1": (1, 1), "1to3": (1, 3), "3to0": (3, 0), "fp16": (1, 2)},
+RESUMED = {1: {"stage0": (0, 0), "1to3": (1, 3), "3to0": (3, 0)},
            2: {"stage2": (2, 2), "stage3": (3, 3), "0to2": (0, 2), "fp16": (1, 2)}}  # fmt: skip
 """Runs that stop after two of three steps and go on with another number of ranks.
 
@@ -136,8 +138,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def one_rank(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    begun = interrupted(folders["begun-by-one"], 1, 2, True)
-    return run(folders["one"], 1, settings_of({**LAYOUTS, **CLIPPED, **PLAIN, "smaller": SMALLER}, STEPS) | begun)
+    begun, layouts = interrupted(folders["begun-by-one"], 1, 2, True), {name: LAYOUTS[name] for name in ON_ONE}
+    return run(folders["one"], 1, settings_of({**layouts, **CLIPPED, **PLAIN, "smaller": SMALLER}, STEPS) | begun)
 
 
 @pytest.fixture(scope="module")
@@ -163,19 +165,17 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_another_stage(
     assert_same(undisturbed, {1: two_ranks, 2: one_rank_resumed}[before][f"resumed-{name}"])
 
 
-def test_fp16_goes_on_with_its_loss_scale(
-    one_rank: dict[str, Any], two_ranks: dict[str, Any], one_rank_resumed: dict[str, Any]
-) -> None:
-    assert one_rank["begun-fp16"]["loss_scale"] == two_ranks["begun-fp16"]["loss_scale"] == 2**4
-    assert two_ranks["resumed-fp16"]["loss_scale"] == one_rank_resumed["resumed-fp16"]["loss_scale"] == 2**4
+def test_fp16_goes_on_with_its_loss_scale(two_ranks: dict[str, Any], one_rank_resumed: dict[str, Any]) -> None:
+    assert two_ranks["begun-fp16"]["loss_scale"] == one_rank_resumed["resumed-fp16"]["loss_scale"] == 2**4
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_same_mathematics_whatever_the_layout(
     one_rank: dict[str, Any], two_ranks: dict[str, Any], name: str
 ) -> None:
-    assert_same(one_rank["stage0"], one_rank[name])
     assert_same(one_rank["stage0"], two_ranks[name])
+    if name in ON_ONE:
+        assert_same(one_rank["stage0"], one_rank[name])
 
 
 @pytest.mark.parametrize("name", DRAWN)
