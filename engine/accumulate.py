@@ -58,31 +58,28 @@ def accumulate(
     kept: of how many micro-batches, in packed passes, the graph of embeddings is kept until samples are compared.
     """
     count, model = len(step), zero.model
-    passes = model.passes() if split else [list(model.objectives)]
+    passes, kept = (model.passes(), 0) if split else ([list(model.objectives)], kept)
     apart = [name for name, o in model.objectives.items() if o.compares_samples] if count > 1 else []
 
-    def losses(views: Views, shared: Taught, names: list[str], graph: Embedded | None) -> StepOutput:
-        return zero.forward(lambda m: m.losses(views, shared, clock, ranks, names, apart, graph))
+    def losses(views: Views, shared: Taught, names: list[str], made: Embedded | None) -> StepOutput:
+        return zero.forward(lambda m: m.losses(views, shared, clock, ranks, names, apart, made))
 
     outputs: list[StepOutput] = []
     taught: list[Taught] = []
-    made: list[Embedded | None] = []
+    embedded: list[Embedded] = []
     gradients: list[Gradients] = [{}] * count
     if apart:
-        embedded = []
         for k in range(count):
-            views, keeps = step[k], k < kept and not split
+            views = step[k]
             taught.append(teach(zero, views))
-            embedded.append(embed(zero, views, taught[k], clock, graph=keeps))
-            made.append(embedded[k] if keeps else None)
+            embedded.append(embed(zero, views, taught[k], clock, graph=k < kept))
         compared, gradients = _compare(zero, [e.embeddings for e in embedded], clock, ranks)
         outputs.append(compared)
-        del embedded
     for k in range(count):
         views = step[k]
-        shared, graph = (taught[k], made[k]) if apart else (teach(zero, views), None)
+        shared = taught[k] if apart else teach(zero, views)
         for names in passes:
-            output = losses(views, shared, names, graph)
+            output = losses(views, shared, names, embedded[k] if apart and k < kept else None)
             loss = output.loss / count
             for name, own in output.apart.items():
                 loss = loss + sum((e * g).sum() for e, g in zip(own.student, gradients[k][name], strict=True))
