@@ -1,23 +1,24 @@
-"""Small labelled image-caption sets, read whole into memory for the report; `pictures` streams large ones."""
+"""Labelled samples held in memory, for the report, of all that `pictures` reads."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ..errors import DataError
-from .images import Rejected, decode_rgb
-from .samples import SHARD_DAMAGED, FileSample, ShardDamaged
-from .sources import expand_sources
-from .tars import read_shard
+from .pictures import LeftOut, Picture, PictureSet, Reading, decoded, open_pictures
 
 logger = logging.getLogger(__name__)
+MOST = 2048
+"""Samples held of one set"""
+SIDE = 512
+"""Longer side of a held image at most, pixels"""
 
 
 @dataclass(frozen=True)
@@ -27,39 +28,43 @@ class LabelledSample:
     key: str
     """Sample id."""
     image: Image.Image
-    """RGB, in its own size, transparency over white."""
+    """RGB, transparency over white, no larger than `SIDE`."""
     caption: str
+    """Its first one, or else its first label."""
     labels: dict[str, Any]
-    """What the sample's `.json` and `.cls` say; empty if it has neither."""
+    """What is known of its class."""
 
 
-def read_labelled(sources: str | Path | Iterable[str | Path]) -> list[LabelledSample]:
-    """All usable samples of webdataset tars (paths, globs, brace ranges, folders), in order.
+def read_labelled(sources: list[str], how: Reading) -> list[LabelledSample]:
+    """The usable samples of sources, in order. Of a larger set `MOST`, always the same: drawn if their number is known.
 
     Samples that cannot be read are left out; how many, and why, is logged as a warning. Raises DataError where a source
     cannot be opened or no sample is left.
     """
-    shards = expand_sources(sources)
-    left_out: Counter[str] = Counter()
-    samples = [sample for shard in shards for sample in _usable(shard, left_out)]
-    reasons = ", ".join(f"{reason} {count}" for reason, count in left_out.most_common())
+    found, left_out, samples = open_pictures(sources, how), LeftOut(), []
+    for picture, image in decoded(_some(found), _small, None, left_out):
+        named = [*picture.captions, *map(str, picture.labels.values())]
+        if named:
+            samples.append(LabelledSample(picture.key, image, named[0], dict(picture.labels)))
+        else:
+            left_out.add(picture.name, "no caption")
+    count = left_out.reasons.total()
+    reasons = ", ".join(f"{reason} {times}" for reason, times in left_out.reasons.most_common())
     if not samples:
-        raise DataError(f"no sample in {', '.join(map(str, shards))} is usable ({reasons or 'there is none'})")
-    if left_out:
-        logger.warning("%d of %d samples left out: %s", left_out.total(), left_out.total() + len(samples), reasons)
+        raise DataError(f"no sample in {found.name} is usable ({reasons or 'there is none'})")
+    if count:
+        logger.warning("%d of %d samples left out: %s", count, count + len(samples), reasons)
     return samples
 
 
-def _usable(shard: Path, left_out: Counter[str]) -> Iterator[LabelledSample]:
-    try:
-        for sample in read_shard(shard):
-            try:
-                yield _decode(sample)
-            except Rejected as rejected:
-                left_out[str(rejected)] += 1
-    except ShardDamaged:
-        left_out[SHARD_DAMAGED] += 1
+def _some(found: PictureSet) -> Iterator[Picture]:
+    if found.count is None or found.count <= MOST:
+        yield from islice(found.read(), MOST)
+        return
+    chosen = set(np.random.default_rng(0).choice(found.count, MOST, replace=False).tolist())
+    yield from (picture for place, picture in enumerate(found.read()) if place in chosen)
 
 
-def _decode(sample: FileSample) -> LabelledSample:
-    return LabelledSample(sample.key, decode_rgb(sample.image()), sample.captions()[0], sample.labels())
+def _small(image: Image.Image) -> Image.Image:
+    image.thumbnail((SIDE, SIDE))
+    return image

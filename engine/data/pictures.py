@@ -45,6 +45,8 @@ class Picture:
     captions: tuple[str, ...]
     """May be empty."""
     labels: Mapping[str, Any]
+    key: str = ""
+    """Sample id: equal ones of two sets show the same."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def _of_sample(name: str, sample: Sample) -> Picture:
         captions = tuple(sample.captions(lines=False))
     except Rejected:
         captions = ()  # not every task needs one
-    return Picture(name, lambda: decode_rgb(sample.image()), captions, labels)
+    return Picture(name, lambda: decode_rgb(sample.image()), captions, labels, sample.key)
 
 
 def _refuse(reason: str) -> Image.Image:
@@ -148,7 +150,7 @@ def _class_files(root: Path) -> list[tuple[str, str]]:
 def _of_classes(root: Path, files: list[tuple[str, str]], keys: tuple[str, ...]) -> Iterator[Picture]:
     for label, name in files:
         path = root / name
-        yield Picture(str(path), partial(_load, path), (), dict.fromkeys(keys, label))
+        yield Picture(str(path), partial(_load, path), (), dict.fromkeys(keys, label), name)
 
 
 def _load(path: Path) -> Image.Image:
@@ -179,7 +181,7 @@ def _of_karpathy(folder: Path, entries: list[dict[str, Any]]) -> Iterator[Pictur
         path = folder / entry["filename"]
         if not path.is_file():
             path = folder / Path(entry["filename"]).name  # all splits' images in one folder
-        yield Picture(str(path), partial(_load, path), entry["captions"], {})
+        yield Picture(str(path), partial(_load, path), entry["captions"], {}, entry["filename"])
 
 
 def _of_beton(beton: Beton, tokenizer: str) -> Iterator[Picture]:
@@ -198,7 +200,7 @@ def _of_beton(beton: Beton, tokenizer: str) -> Iterator[Picture]:
                 continue
             load = partial(_decode, data, int(image["mode"]), int(image["width"]), int(image["height"]))
             captions = np.frombuffer(tokens, "<i4").reshape(-1, beton.context)
-            yield Picture(name, load, tuple(text_of(caption, tokenizer) for caption in captions), {})
+            yield Picture(name, load, tuple(text_of(caption, tokenizer) for caption in captions), {}, key)
 
 
 def _decode(data: bytes, mode: int, width: int, height: int) -> Image.Image:

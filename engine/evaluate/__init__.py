@@ -13,12 +13,12 @@ from rich.table import Table
 
 from ..checkpoint import load_run
 from ..config import RunConfig, with_overrides
-from ..data.pictures import PictureSet, Reading, open_pictures
+from ..data.pictures import PictureSet, open_pictures
 from ..errors import UserError
 from ..evaluated import about, choose_branch, keep_metrics, leaves
 from ..export.metadata import exported_file, load_exported
 from .classes import Labelled, class_names, labels_of, require_several
-from .features import Features, Towers, extract, image_embeddings, text_embeddings
+from .features import Features, Towers, extract, how_to_read, image_embeddings, text_embeddings
 from .few_shot import few_shot
 from .finetune import finetune
 from .knn import knn
@@ -99,10 +99,7 @@ class Evaluation:
 
     def pictures(self, key: str) -> PictureSet:
         """The set that `evaluate.data` or `evaluate.bank` names. Raises UserError."""
-        settings = self.config.evaluate
-        sources = require(getattr(settings, key), f"evaluate.{key}")
-        keys = (settings.class_key, settings.group_key)
-        return open_pictures(sources, Reading(keys, settings.images, settings.split, self.config.data.tokenizer))
+        return open_pictures(require(getattr(self.config.evaluate, key), f"evaluate.{key}"), how_to_read(self.config))
 
     @cached_property
     def data(self) -> Features:

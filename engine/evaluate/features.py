@@ -21,7 +21,7 @@ from ...harmony.image_encoder import ImageEncoder
 from ...harmony.text_encoder import TextEncoder
 from ..config import RunConfig
 from ..data.labelled import LabelledSample
-from ..data.pictures import LeftOut, Picture, PictureSet, decoded
+from ..data.pictures import LeftOut, Picture, PictureSet, Reading, decoded
 from ..data.tokens import tokenizer_options
 from ..errors import DataError, UserError
 from .share import Share
@@ -66,6 +66,12 @@ class Features:
     def last(self) -> Tensor:
         """Class tokens of the last block: [n, D]."""
         return self.tokens[:, -1]
+
+
+def how_to_read(config: RunConfig) -> Reading:
+    """What the configuration says of the sets that are evaluated on."""
+    e = config.evaluate
+    return Reading((e.class_key, e.group_key), e.images, e.split, config.data.tokenizer)
 
 
 def resized(image: Image.Image, size: int) -> Image.Image:

@@ -16,7 +16,7 @@ from ..config import RunConfig, load_config
 from ..data.beton_set import BetonSet
 from ..errors import UserError
 from ..evaluate import choose_branch
-from ..evaluate.features import image_tower
+from ..evaluate.features import how_to_read, image_tower
 from .curves import Entry, read_log
 from .samples import COUNT, Gallery, HeldOut, gather
 
@@ -126,7 +126,8 @@ def read_runs(folders: list[Path]) -> list[Run]:
         if not (folder / "config.yaml").is_file():
             raise UserError(f"{folder}: not a run folder (no config.yaml)")
         config = load_config(folder / "config.yaml")
-        data = held.setdefault(repr((config.evaluate.data, config.evaluate.bank, config.data.sources)), HeldOut(config))
+        same = config.evaluate.data, config.evaluate.bank, how_to_read(config), config.data.sources
+        data = held.setdefault(repr(same), HeldOut(config))
         runs.append(Run(folder, name, place, config, read_log(folder / "log.jsonl"), data, count))
     return runs
 

@@ -29,7 +29,7 @@ from ..data.tokens import text_of, tokenize
 from ..data.views import StepViews
 from ..errors import UserError
 from ..evaluate.classes import labels_of
-from ..evaluate.features import pixels
+from ..evaluate.features import how_to_read, pixels
 from ..shipped import shipped_data
 
 COUNT = 8
@@ -71,8 +71,8 @@ class HeldOut:
     def _read(self, key: str) -> list[LabelledSample]:
         sources = getattr(self._config.evaluate, key)
         if not sources:
-            raise UserError(f"evaluate.{key} of the configuration names no tars")
-        return read_labelled(sources)
+            raise UserError(f"evaluate.{key} of the configuration names no data")
+        return read_labelled(sources, how_to_read(self._config))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harmony_fast.engine.data.labelled import read_labelled
+from harmony_fast.engine.data import labelled
+from harmony_fast.engine.data.labelled import LabelledSample
+from harmony_fast.engine.data.pictures import Reading
 from harmony_fast.engine.errors import DataError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,11 +18,15 @@ from PIL import Image
 DEMO = Path(__file__).parents[3] / "demo"
 
 
+def read_labelled(*sources: Path) -> list[LabelledSample]:
+    return labelled.read_labelled([str(source) for source in sources], Reading(("name", "kind")))
+
+
 def test_reads_images_captions_and_labels(tar: Callable, picture: Callable, encoded: Callable) -> None:
     clear = Image.new("RGBA", (32, 16), (255, 0, 0, 0))
     labels = json.dumps({"name": "a", "caption": "from json"}).encode()
     files = [("a.png", encoded(clear, "PNG")), ("a.json", labels), ("b.jpg", encoded(picture())), ("b.txt", b"two")]
-    first, second = read_labelled([tar("x.tar", files)])
+    first, second = read_labelled(tar("x.tar", files))
     assert (first.key, first.caption, first.labels["name"]) == ("a", "from json", "a")
     assert first.image.size == (32, 16) and (np.asarray(first.image) == 255).all()
     assert (second.key, second.caption, second.labels, second.image.mode) == ("b", "two", {}, "RGB")
@@ -60,6 +66,30 @@ def test_a_damaged_tar_is_read_as_far_as_it_goes_or_refused(
         assert len(read_labelled(tmp_path / "damaged.tar")) in (1, 2, 3)
     except DataError as error:
         assert "\n" not in str(error)
+
+
+def test_all_that_is_evaluated_on_can_be_shown(tmp_path: Path, picture: Callable) -> None:
+    """Folders of classes, captions of COCO; what has neither is left out."""
+    for i, kind in enumerate(("cat", "dog")):
+        (tmp_path / "classes" / kind).mkdir(parents=True)
+        picture(i, 900, 30).save(tmp_path / "classes" / kind / "1.png")
+    cat, dog = read_labelled(tmp_path / "classes")
+    assert (cat.key, cat.caption, cat.labels) == ("cat/1.png", "cat", {"name": "cat", "kind": "cat"})
+    assert dog.caption == "dog" and dog.image.size == (labelled.SIDE, 17)
+    entries = [{"filename": f"classes/{kind}/1.png", "split": "test", "sentences": [{"raw": text} for text in texts]}
+               for kind, texts in (("cat", ["a cat", "another"]), ("dog", []))]  # fmt: skip
+    (tmp_path / "coco.json").write_text(json.dumps({"images": entries}))
+    (captioned,) = read_labelled(tmp_path / "coco.json")
+    assert (captioned.key, captioned.caption, captioned.labels) == ("classes/cat/1.png", "a cat", {})
+
+
+def test_of_large_sets_some_are_drawn(tar: Callable, pairs: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tar("x.tar", pairs(20))
+    every = [sample.key for sample in read_labelled(source)]
+    monkeypatch.setattr(labelled, "MOST", 8)
+    some = [sample.key for sample in read_labelled(source)]
+    assert len(some) == 8 and some == sorted(some) == [key for key in every if key in some] != every[:8]
+    assert some == [sample.key for sample in read_labelled(source)]
 
 
 def test_both_artists_drew_the_same_concepts() -> None:
