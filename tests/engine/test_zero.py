@@ -31,7 +31,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "kept_graphs": 9,
         "activation_checkpointing": {"image": 1, "text": 1},
     },
-    "kept3": {"data__micro_batch_size": 1, "zero__stage": 3, "kept_graphs": 3},
     "split_micro3": {"pass": "split", "data__micro_batch_size": 2, "zero__stage": 3},
     "recompute": {"activation_checkpointing": {"image": 1, "text": 2}},
     "recompute3": {"activation_checkpointing": {"image": 2, "text": 1}, "zero__stage": 3},
@@ -43,6 +42,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 NEVER_KEPT = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
 LAYOUTS["gather3"] = {"zero__stage": 3, "deepspeed": {"zero_optimization": NEVER_KEPT}}
+LAYOUTS["kept3"] = {**LAYOUTS["gather3"], "data__micro_batch_size": 2, "kept_graphs": 2}
 """Parameters are gathered for each use, which the formula counts; by default small ones stay"""
 ON_ONE = ("stage0", "stage1", "stage2", "stage3", "gather3", "split", "micro", "recompute", "offload_micro")
 """Layouts that are tried on one rank as well as on two"""
