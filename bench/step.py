@@ -1,10 +1,10 @@
 """`harmony-fast bench step`: our training step against the four-pass baseline, and CLIP alone against open_clip.
 
 Each case is a tower, a number of samples and a precision. All rivals start from the same seed and get the same
-samples; the baseline's losses are held against ours. On a CPU ours goes through a step in micro-batches that take half
-of the baseline's memory, by counting, with the contrast of all samples. Peak memory, breakdown and profile come from
-steps that are not timed; the timed steps alternate, each rival in a process of its own. Memory is what torch has
-allocated on a GPU, and the counted bytes of live tensors on a CPU. Writes step.json and step.png to
+samples; the baseline's losses are held against ours. On a CPU ours goes through a step in the fewest micro-batches that
+take half of the baseline's memory, by counting, with the contrast of all samples. Peak memory, breakdown and profile
+come from steps that are not timed; the timed steps alternate, each rival in a process of its own. Memory is what torch
+has allocated on a GPU, and the counted bytes of live tensors on a CPU. Writes step.json and step.png to
 bench/results/<machine>/.
 """
 
@@ -28,7 +28,7 @@ from ..engine.data.views import StepViews
 from ..engine.errors import UserError
 from ..engine.half_on_cpu import ProductsInFloat, products_for
 from ..engine.host_memory import host_memory
-from ..engine.memory import go_through, memory_of
+from ..engine.memory import predict
 from ..harmony.views import Views
 from .counts import CLOCK, baseline_peak, count_baseline, count_ours
 from .machine import describe_machine, results_folder
@@ -149,17 +149,15 @@ def measure_case(
 
 
 def cut_to(limit: float, config: RunConfig) -> RunConfig:
-    """The same step in micro-batches that take no more than so many bytes on a CPU, by counting: of settings with up to
-    twice as many micro-batches as it takes at least, the one with the fewest operations."""
-    size, fits = config.data.batch_size, dict[int, tuple[float, RunConfig]]()
-    for pieces in (n for n in range(1, size + 1) if size % n == 0 and n <= 2 * min(fits, default=size)):
-        for kept in sorted({1, pieces // 2, pieces} - {0}, reverse=True):
+    """The same step in the fewest micro-batches that take no more than so many bytes on a CPU, by counting, with as
+    many graphs kept as there is room for; in micro-batches of one sample where nothing fits."""
+    size = config.data.batch_size
+    for pieces in (n for n in range(1, size + 1) if size % n == 0):
+        for kept in range(pieces, 0, -1):
             cut = with_overrides(config, [f"data.micro_batch_size={size // pieces}", f"kept_graphs={kept}"])
-            passes = go_through(cut, 1, "cpu")
-            if memory_of(cut, 1, passes, "cpu").total <= limit:
-                fits[pieces] = passes.flops, cut
-                break
-    return min(fits.values(), key=lambda found: found[0])[1] if fits else cut
+            if predict(cut, 1, "cpu").total <= limit:
+                return cut
+    return cut
 
 
 def contenders(
@@ -263,8 +261,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--pieces", type=int, metavar="N",
-        help="micro-batches that ours goes through all objectives in (default: 1 on a GPU; on a CPU what takes half "
-        "of the baseline's memory)",
+        help="micro-batches that ours goes through all objectives in (default: 1 on a GPU; on a CPU the fewest that "
+        "take half of the baseline's memory)",
     )  # fmt: skip
     precisions = ("fp32", "bf16")
     parser.add_argument("--precision", nargs="+", choices=precisions, default=["bf16"] if gpu else [*precisions])
