@@ -1,6 +1,7 @@
 """Fixtures for all tests: small pictures and tars, a tiny configuration; hypothesis without deadlines."""
 
 import io
+import multiprocessing.forkserver
 import os
 import tarfile
 from collections.abc import Callable
@@ -31,6 +32,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with tests that may take longer than others come first: nobody waits for them at the end."""
     slow = {item.path for item in items if item.get_closest_marker("timeout")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forks() -> None:
+    """A process has one server of forks: what imports for `plan` alone has `prepare` import again for each fork."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        modules = ("engine.data.pool", "engine.walks", "bench.step_process")
+        multiprocessing.set_forkserver_preload(["open_clip.tokenizer", *(f"harmony_fast.{name}" for name in modules)])
+        multiprocessing.forkserver.ensure_running()
 
 
 def encode(image: Image.Image, form: str = "JPEG", **options: object) -> bytes:
