@@ -152,12 +152,15 @@ def cut_to(limit: float, config: RunConfig) -> RunConfig:
     """The same step in the fewest micro-batches that take no more than so many bytes on a CPU, by counting, with as
     many graphs kept as there is room for; in micro-batches of one sample where nothing fits."""
     size = config.data.batch_size
-    for pieces in (n for n in range(1, size + 1) if size % n == 0):
-        for kept in range(pieces, 0, -1):
-            cut = with_overrides(config, [f"data.micro_batch_size={size // pieces}", f"kept_graphs={kept}"])
-            if predict(cut, 1, "cpu").total <= limit:
-                return cut
-    return cut
+
+    def cut(pieces: int, kept: int) -> RunConfig:
+        return with_overrides(config, [f"data.micro_batch_size={size // pieces}", f"kept_graphs={kept}"])
+
+    def fits(pieces: int, kept: int) -> bool:
+        return predict(cut(pieces, kept), 1, "cpu").total <= limit
+
+    pieces = next((n for n in range(1, size) if size % n == 0 and fits(n, 1)), size)
+    return cut(pieces, next((kept for kept in range(pieces, 1, -1) if fits(pieces, kept)), 1))
 
 
 def contenders(

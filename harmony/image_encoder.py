@@ -240,14 +240,12 @@ class ImageEncoder(nn.Module):
             tokens = tokens.new_zeros(packed.shape).index_copy(0, wanted, tokens)
         features = dict(zip(names, unpack_dense(tokens, groups), strict=True))
         for view, own in places.items():
-            count = request[view] * views.batch_size
             if view is View.GLOBAL_PLAIN:
-                others = features[View.GLOBAL_MASKED][:count]
+                shared = features[View.GLOBAL_MASKED][: request[view] * views.batch_size]
             else:
                 assert plain is not None  # see `_apart`
-                others = tokens.new_zeros(count, *features[view].shape[1:])
-                others[: plain.shape[:2].numel(), 0] = plain.flatten(0, 1)
-            features[view] = others.index_copy(0, own, features[view])
+                shared = _beside(plain, features[view], request[view])
+            features[view] = shared.index_copy(0, own, features[view])
         return {view: flat.unflatten(0, (request[view], -1)) for view, flat in features.items()}
 
     def encode(
@@ -375,18 +373,28 @@ class ImageEncoder(nn.Module):
         return draw_kept(torch.cat(list(keys.values())), layout, self.config.drop_path, len(self.blocks), device)
 
 
-def _apart(views: Views, request: Request, reads: dict[View, Reads], plain: Tensor | None = None) -> dict[View, Tensor]:
-    """Of a view that shares crops with another, those that need a sequence of their own, as places in the flattened
-    [crops, B]: int64, on the host. A masked crop of which nothing is masked is its plain crop, which may be in this
-    pass too, or have been in another one (plain: see `ImageEncoder.forward`)."""
-    masked = request.get(View.GLOBAL_MASKED, 0)
-    if count := request.get(View.GLOBAL_PLAIN, 0):
-        read = (reads.get(view, Reads.ALL) for view in (View.GLOBAL_PLAIN, View.GLOBAL_MASKED))
-        if count > masked or next(read) > next(read):
-            return {}
-        return {View.GLOBAL_PLAIN: views.hidden_crops[views.hidden_crops < count * views.batch_size]}
-    if plain is None or len(plain) > masked or reads.get(View.GLOBAL_MASKED, Reads.ALL) is Reads.ALL:
+def _apart(views: Views, request: Request, reads: dict[View, Reads], plain: Tensor | None) -> dict[View, Tensor]:
+    """The one view of which some crops come from elsewhere, with those that need a sequence of their own, as places in
+    the flattened [crops, B]: int64, on the host; empty where all need one.
+
+    A masked crop of which nothing is masked is its plain crop. If both are asked for, the plain view is taken from the
+    masked one; if another pass has made the plain one (plain: see `forward`), the masked view is taken from that.
+    """
+    hidden, samples, masked = views.hidden_crops, views.batch_size, request.get(View.GLOBAL_MASKED, 0)
+    read_plain, read_masked = (reads.get(view, Reads.ALL) for view in (View.GLOBAL_PLAIN, View.GLOBAL_MASKED))
+    if View.GLOBAL_PLAIN in request:
+        count = request[View.GLOBAL_PLAIN]
+        shares = count <= masked and read_plain <= read_masked
+        return {View.GLOBAL_PLAIN: hidden[hidden < count * samples]} if shares else {}
+    if plain is None or len(plain) > masked or read_masked is Reads.ALL:
         return {}
-    needed = torch.arange(masked * views.batch_size) >= len(plain) * views.batch_size
-    needed[views.hidden_crops[views.hidden_crops < len(needed)]] = True
+    needed = torch.arange(masked * samples) >= len(plain) * samples
+    needed[hidden[hidden < len(needed)]] = True
     return {View.GLOBAL_MASKED: needed.nonzero().squeeze(1)}
+
+
+def _beside(plain: Tensor, own: Tensor, crops: int) -> Tensor:
+    """Features [crops B, L, D] like `own` [n, L, D], all 0 but for the class tokens `plain` of the first crops."""
+    features = own.new_zeros(crops * plain.shape[1], *own.shape[1:])
+    features[: plain.shape[:2].numel(), 0] = plain.flatten(0, 1)
+    return features

@@ -13,14 +13,17 @@ import torch
 from commands import call
 from harmony_fast.bench import tables
 from harmony_fast.bench.baseline import unwatched
+from harmony_fast.bench.counts import imagined_views
 from harmony_fast.bench.profiling import gaps
 from harmony_fast.bench.step import (
     LARGEST_DIFFERENCE,
     OURS,
+    VARIANTS,
     Contender,
     added_to,
     compared,
     configured,
+    contenders,
     cut_to,
     measure_all,
     measure_each,
@@ -150,6 +153,18 @@ def test_micro_batches_within_a_limit() -> None:
     for limit, micro, kept in ((1e15, 4, 1), (peak(2, 2), 2, 2), (peak(2, 1), 2, 1), (0.0, 1, 1)):
         cut = cut_to(limit, config)
         assert (cut.data.micro_batch_size, cut.kept_graphs) == (micro, kept)
+
+
+@pytest.mark.parametrize("kind", ["step", "clip"])
+def test_variants_are_ours_in_other_ways(kind: str) -> None:
+    """On the same samples, with the operations of one pass."""
+    config = configured(kind, "ViT-Ti/16", 8, "fp32", [*TINY, *(HEADS if kind == "step" else [])])
+    everyone = contenders(kind, config, imagined_views(config), torch.device("cpu"), list(VARIANTS))
+    ours = {name: c for name, c in everyone.items() if name.startswith(OURS)}
+    assert list(ours) == [OURS, *(f"{OURS}, {name}" for name in VARIANTS)]
+    assert len({c.flops for c in ours.values()}) == 1
+    assert len({str(c.config) for c in ours.values()}) == len(ours)
+    assert [ours[f"{OURS}, {name}"].config.data.micro_batch_size for name in ("one pass", "micro-batches")] == [8, 2]
 
 
 def test_losses_that_differ_are_no_success() -> None:

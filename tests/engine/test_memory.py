@@ -28,6 +28,7 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "recomputed2": (1, {"activation_checkpointing": {"image": 2, "text": 0}, "precision": "bf16"}),
     "split": (1, {"pass": "split"}),
     "micro": (1, {"data__batch_size": 16, "data__micro_batch_size": 4}),
+    "micro-kept": (1, {"data__batch_size": 16, "data__micro_batch_size": 4, "kept_graphs": 3}),
     "split-micro": (1, {"pass": "split", "data__micro_batch_size": 4, "zero__stage": 2}),
     "8bit": (1, {**WIDE, "optimizer__states": "8bit"}),
     "clip": (1, {"objectives": {"contrastive": {"embed_dim": 16}}}),

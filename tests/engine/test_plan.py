@@ -74,11 +74,14 @@ def test_a_plan_is_what_its_overrides_predict(tiny: RunConfig, poor: tuple[Budge
         assert plan.memory.total == pytest.approx(predict(chosen, 1).total, rel=0.02)
 
 
-def test_many_micro_batches_need_what_is_predicted_of_them(tiny: RunConfig, planner: Planner) -> None:
+@pytest.mark.parametrize("kept", [1, 3])
+def test_many_micro_batches_need_what_is_predicted_of_them(tiny: RunConfig, kept: int) -> None:
+    """Also if the configuration has graphs of several kept."""
+    tiny = with_overrides(tiny, [f"kept_graphs={kept}"])
     settings = {"data.micro_batch_size": 2, "pass": "packed", "activation_checkpointing.image": 0,
                 "activation_checkpointing.text": 0, "zero.stage": 1, "optimizer.states": "fp32",
                 "zero.offload_optimizer": False, "zero.offload_parameters": False}  # fmt: skip
-    [plan] = planner.examine(settings)
+    [plan] = Planner(tiny, 1, rates_for(PLENTY.device)).examine(settings)
     exact = predict(with_overrides(tiny, plan.overrides), 1)
     assert plan.memory.total - CONTEXT == pytest.approx(exact.total - CONTEXT, rel=0.03)
 

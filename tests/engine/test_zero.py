@@ -25,26 +25,22 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "split": {"pass": "split"},
     "micro": {"data__micro_batch_size": 2},
     "micro1": {"data__micro_batch_size": 1, "zero__stage": 2, "kept_graphs": 2},
-    "kept_recomputed1": {
-        "data__micro_batch_size": 2,
-        "zero__stage": 1,
-        "kept_graphs": 9,
-        "activation_checkpointing": {"image": 1, "text": 1},
-    },
+    "kept_recomputed1": {"kept_graphs": 9, "data__micro_batch_size": 2,
+                         "activation_checkpointing": {"image": 1, "text": 1}, "zero__stage": 1},
     "split_micro3": {"pass": "split", "data__micro_batch_size": 2, "zero__stage": 3},
     "recompute": {"activation_checkpointing": {"image": 1, "text": 2}},
     "recompute3": {"activation_checkpointing": {"image": 2, "text": 1}, "zero__stage": 3},
     "offload_micro": {"zero__stage": 2, "zero__offload_optimizer": True, "data__micro_batch_size": 2},
     "offload_split1": {"zero__stage": 1, "zero__offload_optimizer": True, "pass": "split"},
     "offload_all3": {"zero__stage": 3, "zero__offload_optimizer": True, "zero__offload_parameters": True},
-}
+}  # fmt: skip
 """Those that must compute the same as one rank with one batch in one pass"""
 
 NEVER_KEPT = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
 LAYOUTS["gather3"] = {"zero__stage": 3, "deepspeed": {"zero_optimization": NEVER_KEPT}}
-LAYOUTS["kept3"] = {**LAYOUTS["gather3"], "data__micro_batch_size": 2, "kept_graphs": 2}
 """Parameters are gathered for each use, which the formula counts; by default small ones stay"""
-ON_ONE = ("stage0", "stage1", "stage2", "stage3", "gather3", "split", "micro", "recompute", "offload_micro")
+LAYOUTS["kept3"] = {**LAYOUTS["gather3"], "data__micro_batch_size": 2, "kept_graphs": 2}
+ON_ONE = [name for name in LAYOUTS if name not in ("micro1", "kept3", "split_micro3", "recompute3", "offload_all3")]
 """Layouts that are tried on one rank as well as on two"""
 
 CLIPPED: dict[str, dict[str, Any]] = {
