@@ -28,7 +28,9 @@ def use_backends(config: RunConfig, device: torch.device) -> dict[str, dispatch.
     Raises UserError if a backend that the configuration or HARMONY_FAST_KERNELS asks for cannot run here.
     """
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+        # In half precision only the contrast multiplies in fp32, for its logits' sake.
+        coarse = config.tf32 and config.precision == "fp32"
+        torch.set_float32_matmul_precision("high" if coarse else "highest")
     try:
         dispatch.prefer(config.kernels.model_dump())
         return choices(device, DTYPES[config.precision])

@@ -384,12 +384,13 @@ def _apart(views: Views, request: Request, reads: dict[View, Reads], plain: Tens
     read_plain, read_masked = (reads.get(view, Reads.ALL) for view in (View.GLOBAL_PLAIN, View.GLOBAL_MASKED))
     if View.GLOBAL_PLAIN in request:
         count = request[View.GLOBAL_PLAIN]
-        shares = count <= masked and read_plain <= read_masked
+        shares = count <= masked and read_plain <= read_masked and read_plain is not Reads.MASKED
         return {View.GLOBAL_PLAIN: hidden[hidden < count * samples]} if shares else {}
     if plain is None or len(plain) > masked or read_masked is Reads.ALL:
         return {}
     needed = torch.arange(masked * samples) >= len(plain) * samples
     needed[hidden[hidden < len(needed)]] = True
+    needed[0] |= not needed.any()  # a pack has a sequence
     return {View.GLOBAL_MASKED: needed.nonzero().squeeze(1)}
 
 

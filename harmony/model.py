@@ -63,6 +63,8 @@ class MethodConfig(Config):
                 raise ValueError(f"views.{key} {getattr(self.views, key)} is not a multiple of the patch size {patch}")
         if not self.objectives.active():
             raise ValueError(f"objectives: name at least one of {', '.join(REGISTRY)}")
+        for objective in self.objectives.active().values():
+            objective.require(self.views)
         return self
 
 
@@ -239,7 +241,7 @@ class Harmony(nn.Module):
         """The smallest groups of objectives that share no student view: each can have a pass of its own."""
         groups: list[tuple[set[View], list[str]]] = []
         for name, objective in self.objectives.items():
-            views, names = set(objective.student_views), [name]
+            views, names = {view for view, crops in objective.student_views.items() if crops}, [name]
             for group in [g for g in groups if g[0] & views]:
                 groups.remove(group)
                 views, names = views | group[0], group[1] + names

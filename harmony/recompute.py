@@ -35,9 +35,11 @@ def linear_of(made: Tensor, source: Tensor | None, make: Make | None, weight: Te
 
     Whatever makes it keeps its source [T, D] in any case, so that only made is saved: D numbers a token behind a norm,
     4 D behind an MLP's activation function. Under `torch.compile` nothing is done: its partitioner decides. Nor in a
-    checkpointed block, whose recomputation ends with the last input that is kept: without this layer's product.
+    checkpointed block, whose recomputation ends with the last input that is kept: without this layer's product. Nor
+    under autocast, whose casts a backward pass would not know of.
     """
     as_it_is = torch.compiler.is_compiling() or _CHECKPOINTED.get() or not torch.is_grad_enabled()
+    as_it_is = as_it_is or (not made.is_meta and torch.is_autocast_enabled(made.device.type))  # meta knows no autocast
     if as_it_is or source is None or make is None:
         return F.linear(made, weight, bias)
     return _LinearOf.apply(made, source.detach(), make, weight, bias)

@@ -63,4 +63,4 @@ def add_branch(x: Tensor, branch: Callable[[Tensor, Layout], Tensor], layout: La
     if kept is None:
         return x + branch(x, layout)
     part = branch(x.index_select(0, kept.places), kept.layout)
-    return x.index_add(0, kept.places, part, alpha=kept.scale)
+    return x.index_add(0, kept.places, part.to(x.dtype), alpha=kept.scale)

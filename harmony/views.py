@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from enum import Enum, IntEnum
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
 from .config import Config, Fraction, Range
@@ -81,10 +81,10 @@ class ViewsConfig(Config):
     """Share of the image's area a local crop covers."""
     aspect: Range = (3 / 4, 4 / 3)
     """Width / height of a crop before it is resized to a square, drawn log-uniformly."""
-    block_ratios: tuple[float, ...] = (0.0, 0.3)
+    block_ratios: tuple[Fraction, ...] = (0.0, 0.3)
     """Shares of patches that the block mask hides; each crop draws one of them (iBOT's "predicted ratio")."""
-    block_ratio_spreads: tuple[float, ...] = (0.0, 0.2)
-    """Uniform spread (+-) around each of `block_ratios`."""
+    block_ratio_spreads: tuple[Fraction, ...] = (0.0, 0.2)
+    """Uniform spread (+-) around each of `block_ratios`: as many."""
     block_aspect: float = Field(0.3, gt=0, le=1)
     """Smallest aspect ratio of a block; the largest is its inverse."""
     pixel_mask_ratio: Fraction = 0.75
@@ -103,6 +103,15 @@ class ViewsConfig(Config):
     training too (sub-caption sampling, as DreamLIP has it)."""
     caption_separators: tuple[int, ...] = (267, 269, 282)
     """Token ids that end a phrase: in open_clip's vocabulary comma, full stop and semicolon as tokens of their own."""
+
+    @model_validator(mode="after")
+    def _spreads_for_ratios(self) -> ViewsConfig:
+        if not self.block_ratios or len(self.block_ratios) != len(self.block_ratio_spreads):
+            raise ValueError(
+                f"block_ratios and block_ratio_spreads must be as many, at least one: they are "
+                f"{len(self.block_ratios)} and {len(self.block_ratio_spreads)}"
+            )
+        return self
 
 
 def pixel_ratio(config: ViewsConfig, clock: Clock) -> float:
@@ -346,18 +355,3 @@ def assemble(global_crops: Tensor, local_crops: Tensor, masks: Masks, masked_wor
         drop_keys=masks.drop_keys,
         masked_words=torch.tensor(float(len(caption_index)) if masked_words is None else masked_words),
     )
-
-
-def draw_views(
-    config: ViewsConfig,
-    patch_size: int,
-    global_crops: Tensor,
-    local_crops: Tensor,
-    tokens: Tensor,
-    index: Tensor,
-    seed: int,
-    epoch: int,
-) -> Views:
-    """Masks drawn and put together with crops that are there: `draw_masks` and `assemble` at the first step's ratio."""
-    masks = draw_masks(config, patch_size, tokens, index, seed, epoch, config.pixel_mask_ratio)
-    return assemble(global_crops, local_crops, masks)

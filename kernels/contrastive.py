@@ -94,9 +94,8 @@ def reference(pair: Pair, scale: Tensor, temperature: float, offset: int) -> Ten
     for x in pair.directions():
         rows, columns = x.rows.to(dtype), x.columns.to(dtype)
         z = z.T if pair.shared and z is not None else scale * rows @ columns.T
-        label = scale * torch.linalg.vecdot(rows, columns[offset : offset + len(rows)])
         lse = z.logsumexp(1)
-        terms.append(lse - label)
+        terms.append(lse - z.diagonal(offset))
         if x.teacher_rows is not None and x.teacher_columns is not None:
             with torch.no_grad():
                 t = t.T if t is not None and pair.shared else x.teacher_rows.to(dtype) @ x.teacher_columns.to(dtype).T

@@ -94,7 +94,8 @@ def softmax_terms(
     if backend == "triton":
         from .contrastive_triton import statistics
 
-        return statistics(pair, scale, temperature, offset)
+        with torch.cuda.device_of(image):  # kernels start there (autograd sees to it in backward passes)
+            return statistics(pair, scale, temperature, offset)
     return _statistics(pair.to(scale.dtype), scale, temperature, offset)
 
 
@@ -167,7 +168,8 @@ def sigmoid_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, offse
     if backend == "triton":
         from .contrastive_triton import sigmoid_sum
 
-        return sigmoid_sum(image, text, scale, bias, offset) / len(image)
+        with torch.cuda.device_of(image):
+            return sigmoid_sum(image, text, scale, bias, offset) / len(image)
     image, text = image.to(scale.dtype), text.to(scale.dtype)
     loss = torch.zeros_like(scale)
     for r in spans(len(image), TORCH_TILE[0]):

@@ -49,11 +49,13 @@ def prefer(backends: dict[str, str]) -> None:
 
 
 @contextmanager
-def preferring(backend: str) -> Iterator[None]:
-    """`prefer` one backend for every operation that has it, for a while."""
+def preferring(backend: str | dict[str, str]) -> Iterator[None]:
+    """`prefer` backends by operation, or one for every operation that has it, for a while."""
     before = dict(_preferred)
-    _preferred.update({o: backend for o, backends in OPERATIONS.items() if backend in ("auto", *backends)})
+    if isinstance(backend, str):
+        backend = {o: backend for o, backends in OPERATIONS.items() if backend in ("auto", *backends)}
     try:
+        prefer(backend)
         yield
     finally:
         _preferred.clear()
@@ -73,8 +75,10 @@ def choose(operation: str, x: Tensor, unsupported: dict[str, str] | None = None)
 
 
 def _decide(operation: str, x: Tensor, unsupported: dict[str, str]) -> Choice:
-    obstacles = {"triton": triton_obstacle(x), "xformers": xformers_obstacle(x), **unsupported}
     wanted, origin = _wanted(operation)
+    if wanted == "xformers" and x.device.type == "meta":
+        return Choice("triton", "on tensors without contents it stands for xformers, which keeps as much")
+    obstacles = {"triton": triton_obstacle(x), "xformers": xformers_obstacle(x), **unsupported}
     if wanted != "auto":
         if obstacle := obstacles.get(wanted):
             raise ValueError(f"{operation}: {origin} asks for {wanted}, but {obstacle}")
@@ -90,11 +94,12 @@ def triton_obstacle(x: Tensor) -> str | None:
         return "Triton is not installed"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the Triton kernels take float32, float16 and bfloat16, not {str(x.dtype)[6:]}"
-    if interpreting() or x.device.type == "meta":  # tensors without contents stand for those of a GPU
+    imagined = x.device.type == "meta"  # tensors without contents stand for those of a GPU: of this machine's, if any
+    if interpreting() or (imagined and not torch.cuda.is_available()):
         return None
-    if not x.is_cuda:
+    if not (x.is_cuda or imagined):
         return f"the tensors are on the {x.device.type.upper()}"
-    capability = _capability(x.device)
+    capability = _capability(torch.device("cuda", 0) if imagined else x.device)
     if capability < (8, 0):
         return f"the GPU has compute capability {capability[0]}.{capability[1]}, and the kernels need 8.0 or higher"
     return None
@@ -103,16 +108,16 @@ def triton_obstacle(x: Tensor) -> str | None:
 def xformers_obstacle(x: Tensor) -> str | None:
     """Why xformers cannot take a tensor like `x`; None if it can."""
     if not _has("xformers"):
-        return "xformers is not installed (pip install 'harmony-fast[gpu]')"
+        return "xformers is not installed (pip install xformers)"
     return None if x.is_cuda else "xformers has no operator for the CPU"
 
 
 def _wanted(operation: str) -> tuple[str, str]:
     """The backend asked for, and where."""
-    backend = os.environ.get(VARIABLE, "auto")
-    if backend not in ("auto", "triton", "torch", "xformers"):
+    backend = os.environ.get(VARIABLE)
+    if backend not in (None, "auto", "triton", "torch", "xformers"):
         raise ValueError(f"{VARIABLE}: '{backend}' is none of auto, triton, torch, xformers")
-    if backend in OPERATIONS[operation]:
+    if backend is not None and backend in ("auto", *OPERATIONS[operation]):
         return backend, VARIABLE
     return _preferred.get(operation, "auto"), f"kernels.{operation}"
 

@@ -19,6 +19,8 @@ from ._context import Context
 from .dispatch import choose
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+TRITON_WIDEST = 128
+"""The largest head dimension of the Triton kernels."""
 _DENSE_BACKWARD = 2**25
 """Attention weights that the compiled torch backend's backward pass holds at once: 128 MiB in fp32."""
 
@@ -82,8 +84,8 @@ def _backend(q: Tensor, key_mask: Tensor | None) -> str:
         unsupported["xformers"] = "xformers' block-diagonal masks take no key_mask"
     elif q.dtype == torch.float64:
         unsupported["xformers"] = "xformers takes no float64"
-    if q.shape[-1] > 128:
-        unsupported["triton"] = f"the Triton kernels take heads of up to 128, not {q.shape[-1]}"
+    if q.shape[-1] > TRITON_WIDEST:
+        unsupported["triton"] = f"the Triton kernels take heads of up to {TRITON_WIDEST}, not {q.shape[-1]}"
     return choose("attention", q, unsupported).backend
 
 
@@ -268,7 +270,7 @@ def _dense_backward(
 
     For the operator under `torch.compile` on the torch backend: inside an operator there is no autograd to ask.
     """
-    gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     for block, (count, length) in _blocks(layout):
         step = max(1, _DENSE_BACKWARD // (q.shape[1] * length**2))
         for first in range(0, count, step):

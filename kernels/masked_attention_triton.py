@@ -26,8 +26,6 @@ from . import _attention_kernels as kernels
 from ._attention_layout import Layout
 from .aot import AotCase
 
-WIDEST = 128
-"""The largest head dimension."""
 FEW = 64
 """A class with fewer sequences joins the next larger one."""
 FULL = 512

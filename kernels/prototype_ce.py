@@ -87,7 +87,7 @@ def prototype_loss(
     student_temperature: float, teacher_temperature: float, row_weight: Tensor | None, gradients: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss and, if `gradients`, its gradients to student and student_weight, in fp32; else two empty tensors."""
-    with full_precision(student):
+    with full_precision(student), torch.cuda.device_of(student):  # where kernels start
         weights = _row_weight(row_weight, student, wide(student, teacher))
         arguments = (student, student_weight, teacher, teacher_weight, center)
         if backend == "triton":
@@ -140,7 +140,7 @@ def _loss_and_gradients(
     d_student, d_weight = (student.new_zeros(shape) for shape in shapes)
     shift = center.to(dtype) / -teacher_temperature
     for r in spans(len(student), max(1, ONE_PIECE // len(student_weight))):
-        z = student[r] @ (student_weight.T / student_temperature)
+        z = (student[r] / student_temperature) @ student_weight.T
         q = torch.addmm(shift, teacher[r], teacher_weight.T, alpha=1 / teacher_temperature).softmax(1)
         lse = z.logsumexp(1)
         loss += (row_weight[r] * (lse - torch.linalg.vecdot(q, z))).sum()

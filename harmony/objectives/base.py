@@ -47,6 +47,9 @@ class ObjectiveConfig(Config):
     weight: float = Field(1.0, ge=0)
     """Factor of this objective in the total loss."""
 
+    def require(self, views: ViewsConfig) -> None:
+        """Raise ValueError if these views do not serve the objective."""
+
 
 @dataclass
 class Features:

@@ -41,6 +41,7 @@ class MaskedLanguage(Objective):
         context = views.tokens.shape[1]
         logits = at_least_float(self.decoder(caption.tokens, caption.layout, caption.places(index, context)))
         words = views.tokens.flatten()[index]
-        count = collectives.sum(views.masked_words).clamp(min=1) / collectives.world_size
+        count = collectives.sum(views.masked_words) / collectives.world_size  # a micro-batch's share may be below 1
+        loss = F.cross_entropy(logits, words, reduction="sum") / count.where(count > 0, 1.0)
         accuracy = (logits.detach().argmax(-1) == words).sum() / max(len(index), 1)
-        return Outcome(F.cross_entropy(logits, words, reduction="sum") / count, {"accuracy": accuracy})
+        return Outcome(loss, {"accuracy": accuracy})

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..heads import PixelDecoder
 from ..image_encoder import patchify
 from ..schedules import Clock
-from ..views import Request, View, Views
+from ..views import Request, View, Views, ViewsConfig
 from .base import Collectives, Features, Objective, ObjectiveConfig, Outcome, Surroundings, at_least_float, register
 
 
@@ -28,6 +28,17 @@ class ReconstructionConfig(ObjectiveConfig):
     """How many global crops are reconstructed; null: all. Their losses add up, as in the authors' code."""
     position_embedding: Literal["sincos", "zeros"] = "sincos"
     """The decoder's fixed positions. zeros: as the authors' code leaves them; then all removed patches look alike."""
+
+    def require(self, views: ViewsConfig) -> None:
+        """So many global crops, and patches that are removed from them, at both ends of the ramp."""
+        if self.crops is not None and self.crops > views.global_crops:
+            raise ValueError(
+                f"objectives.reconstruction.crops {self.crops}: views.global_crops is {views.global_crops}"
+            )
+        if 0 in (views.pixel_mask_ratio, views.pixel_mask_ratio_end):
+            raise ValueError(
+                "objectives.reconstruction predicts removed patches: views.pixel_mask_ratio must be above 0"
+            )
 
 
 @register("reconstruction")

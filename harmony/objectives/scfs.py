@@ -16,7 +16,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from ..schedules import Clock
-from ..views import Request, View, Views
+from ..views import Request, View, Views, ViewsConfig
 from .base import (
     Collectives,
     Distillation,
@@ -40,6 +40,10 @@ class FeatureSearchConfig(DistillationConfig):
     freeze_last_layer: int = Field(1, ge=0)
     """Epochs during which the student's prototypes stay fixed."""
 
+    def require(self, views: ViewsConfig) -> None:
+        """Two crops."""
+        require_pairs("scfs", views)
+
 
 @register("scfs")
 class FeatureSearch(Distillation):
@@ -52,7 +56,6 @@ class FeatureSearch(Distillation):
 
     def __init__(self, config: FeatureSearchConfig, around: Surroundings) -> None:
         super().__init__(config, around.image_width)
-        require_pairs("scfs", around.views)
         self.crops, self.local_crops = around.views.global_crops, around.views.local_crops
         self.center = self.new_center(config.prototypes)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..heads import ProjectionHead
 from ..schedules import Clock
-from ..views import Reads, Request, View, Views
+from ..views import Reads, Request, View, Views, ViewsConfig
 from .base import (
     Collectives,
     Distillation,
@@ -50,6 +50,10 @@ class SelfDistillationConfig(DistillationConfig):
             raise ValueError("patch_prototypes is set, but patch_weight is null: no patch would use them")
         return self
 
+    def require(self, views: ViewsConfig) -> None:
+        """Two crops."""
+        require_pairs("self_distillation", views)
+
 
 @register("self_distillation")
 class SelfDistillation(Distillation):
@@ -60,7 +64,6 @@ class SelfDistillation(Distillation):
 
     def __init__(self, config: SelfDistillationConfig, around: Surroundings) -> None:
         super().__init__(config, around.image_width)
-        require_pairs("self_distillation", around.views)
         self.crops, self.local_crops = around.views.global_crops, around.views.local_crops
         self.patches = config.patch_weight is not None
         self.student_view = View.GLOBAL_MASKED if self.patches else View.GLOBAL_PLAIN
@@ -117,7 +120,8 @@ class SelfDistillation(Distillation):
 
         # Each image's mean over its masked patches, then the mean over all images and crops: without a mask, 0.
         counts = views.block_mask.sum(-1).flatten()  # [G * B]
-        weight = 1 / (counts[views.block_index // views.block_mask.shape[-1]] * counts.numel()).to(known.dtype)
+        of_patch = counts[views.block_index // views.block_mask.shape[-1]] * counts.numel()
+        weight = 1 / of_patch.to(torch.promote_types(known.dtype, torch.float32))
         patch_loss = self.cross_entropy(
             learned_patches, known_patches, (our_patches, their_patches), self.patch_center,
             self.patch_temperature(clock), weight,

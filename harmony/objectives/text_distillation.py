@@ -70,7 +70,8 @@ class TextDistillation(Distillation):
         learned = student.head.bottleneck(student.captions[View.CAPTION_MASKED].at(views.caption_index, context))
         known = self.teacher_vectors(teacher, views, clock, theirs)
         counts = views.caption_mask.sum(-1)
-        weight = 1 / (counts[views.caption_index // context] * len(counts)).to(known.dtype)
+        of_word = counts[views.caption_index // context] * len(counts)
+        weight = 1 / of_word.to(torch.promote_types(known.dtype, torch.float32))
         directions = student.head.last_layer(), theirs
         tau = self.teacher_temperature(clock)
         return Outcome(self.cross_entropy(learned, known, directions, self.center, tau, weight), self.center_norm())

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from commands import run
+from drawn import draw_views
 from harmony_fast.bench.baseline import PASSES, FourPass
 from harmony_fast.bench.counts import count_baseline
 from harmony_fast.engine.build import build_model
@@ -14,7 +15,7 @@ from harmony_fast.engine.config import RunConfig, parse_config
 from harmony_fast.engine.errors import UserError
 from harmony_fast.harmony.objectives import Collectives
 from harmony_fast.harmony.schedules import Clock
-from harmony_fast.harmony.views import Views, draw_views
+from harmony_fast.harmony.views import Views
 from tiny import tiny_config
 
 CLOCK = Clock(2, 4, 3)

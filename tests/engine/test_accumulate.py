@@ -89,6 +89,23 @@ def test_the_same_losses_and_gradients(tiny: dict, names: list[str], drop_path: 
             torch.testing.assert_close(ours, value, rtol=1e-8, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize(
+    "views",
+    [
+        {"caption_mask_ratio": 0.07},  # fewer masked words than micro-batches
+        {"global_crops": 1, "block_ratios": [0.0], "block_ratio_spreads": [0.0]},  # every masked crop is the plain one
+        {"global_crops": 1, "local_crops": 3},
+    ],
+    ids=str,
+)
+def test_the_same_where_there_is_little(tiny: dict, views: dict[str, Any]) -> None:
+    tiny["views"] |= views
+    (loss, expected), (found, gradients) = step(tiny, 1), step(tiny, 8)
+    for name, value in {**loss, **expected}.items():
+        ours = {**found, **gradients}.get(name, torch.zeros(()))  # without a masked patch, patch heads have none
+        torch.testing.assert_close(ours, value, rtol=1e-8, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_each_kept_graph_saves_a_pass_over_what_is_compared(tiny: dict) -> None:
     """With all of them a step does what one pass does, and makes the compared crops' patches again."""
 

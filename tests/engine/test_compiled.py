@@ -10,6 +10,10 @@ from steps import assert_same, config, run
 
 CASES: dict[str, dict[str, Any]] = {
     "stochastic depth": {"model__image__drop_path": 0.5, "data__micro_batch_size": 4},
+    "plain crops from masked ones": {
+        "model__image__drop_path": 0.0,
+        "objectives": {name: config()["objectives"][name] for name in ("contrastive", "self_distillation")},
+    },
     "image packs of one size": {
         "model__image__drop_path": 0.0, "activation_checkpointing": {"image": 2, "text": 0},
         "objectives": {"contrastive": {"embed_dim": 16}},

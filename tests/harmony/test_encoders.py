@@ -6,10 +6,11 @@ import open_clip.transformer
 import pytest
 import timm
 import torch
+from drawn import draw_views
 from harmony_fast.harmony.image_encoder import ImageConfig, ImageEncoder, patchify, unpatchify
 from harmony_fast.harmony.packing import lay_out_captions, pack_dense, unpack_dense
 from harmony_fast.harmony.text_encoder import CaptionFeatures, TextConfig, TextEncoder
-from harmony_fast.harmony.views import View, Views, ViewsConfig, draw_views
+from harmony_fast.harmony.views import View, Views, ViewsConfig
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor

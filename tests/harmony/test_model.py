@@ -1,18 +1,20 @@
 """The model as a whole: what is built, what is learned, what does not depend on the batch."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from drawn import draw_views
 from harmony_fast.harmony.heads import sincos_positions
 from harmony_fast.harmony.model import Harmony, MethodConfig, StepOutput
 from harmony_fast.harmony.objectives import REGISTRY, Collectives
-from harmony_fast.harmony.objectives.base import Center, feature_std
+from harmony_fast.harmony.objectives.base import Center, Distillation, feature_std
 from harmony_fast.harmony.objectives.contrastive import accuracy
 from harmony_fast.harmony.schedules import Clock, ramp_cosine, ramp_linear, warmup_cosine
 from harmony_fast.harmony.teacher import twins
-from harmony_fast.harmony.views import Views, draw_views
+from harmony_fast.harmony.views import Views
 
 CLOCK = Clock(5, 4, 10)
 
@@ -38,6 +40,49 @@ def views_of(model: Harmony, batch: int = 6) -> Views:
 def losses(model: Harmony) -> StepOutput:
     views = views_of(model)
     return model.losses(views, model.teach(views), CLOCK, Collectives())
+
+
+@pytest.mark.parametrize(
+    ("views", "objective", "message"),
+    [
+        ({"global_crops": 1, "local_crops": 0}, {}, r"self_distillation compares crops: set views\.global_crops"),
+        ({"pixel_mask_ratio": 0}, {}, r"views\.pixel_mask_ratio must be above 0"),
+        ({"pixel_mask_ratio_end": 0}, {}, r"views\.pixel_mask_ratio must be above 0"),
+        ({}, {"crops": 3}, r"objectives\.reconstruction\.crops 3: views\.global_crops is 2"),
+    ],
+)
+def test_views_that_do_not_serve_an_objective_are_refused(
+    tiny: dict, views: dict, objective: dict, message: str
+) -> None:
+    tiny["views"] |= views
+    tiny["objectives"]["reconstruction"] |= objective
+    with pytest.raises(ValueError, match=message):
+        build(tiny)
+
+
+def test_passes_share_views_that_are_there(tiny: dict) -> None:
+    """Without local crops, searching in plain crops and distilling masked ones have nothing in common."""
+    tiny["views"]["local_crops"] = 0
+    scfs = {"prototypes": 64, "hidden": 32, "bottleneck": 16}
+    others = {name: None for name in REGISTRY if name != "self_distillation"}
+    assert sorted(build(tiny, **{**others, "scfs": scfs}).passes()) == [["scfs"], ["self_distillation"]]
+
+
+def test_weights_of_patches_are_not_rounded(tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In half precision: bf16 has three digits, and a reciprocal of many patches is 0 in fp16."""
+    model, given = build(tiny).bfloat16(), {}
+    views, ask = views_of(model), Distillation.cross_entropy
+
+    def spy(self: Distillation, *arguments: Any) -> torch.Tensor:
+        *_, given[type(self).__name__] = arguments
+        return ask(self, *arguments)
+
+    monkeypatch.setattr(Distillation, "cross_entropy", spy)
+    model.losses(views, model.teach(views), CLOCK, Collectives())
+    patches, words = views.block_mask.sum(-1), views.caption_mask.sum(-1)
+    for name, count in (("SelfDistillation", (patches > 0).sum() / patches.numel()),
+                        ("TextDistillation", (words > 0).sum() / len(words))):  # fmt: skip
+        torch.testing.assert_close(given[name].sum(), count, rtol=1e-6, atol=0)
 
 
 def test_every_trainable_parameter_gets_a_gradient(tiny: dict) -> None:

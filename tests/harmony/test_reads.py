@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from drawn import draw_views
 from harmony_fast.harmony import model as model_module
 from harmony_fast.harmony.model import Harmony, MethodConfig
 from harmony_fast.harmony.objectives import Collectives
 from harmony_fast.harmony.schedules import Clock
-from harmony_fast.harmony.views import Reads, View, Views, draw_views
+from harmony_fast.harmony.views import Reads, View, Views
 from torch.utils.flop_counter import FlopCounterMode
 
 READS = {View.GLOBAL_PLAIN: Reads.CLASS, View.GLOBAL_MASKED: Reads.MASKED, View.LOCAL: Reads.CLASS}
@@ -98,3 +99,14 @@ def test_a_crop_of_which_nothing_is_masked_goes_through_once(
             alone = image(views, {view: request[view]}, reads)[view]
             torch.testing.assert_close(features, alone, rtol=1e-11, atol=1e-12)
             packed.pop()
+
+
+def test_patches_under_masks_may_be_read_of_plain_crops_too(tiny: dict) -> None:
+    """An objective of one's own may compare them: then plain crops have sequences of their own."""
+    model = build(tiny, 0.0)
+    image, views, request = model.student.image, views_of(model, 12), {View.GLOBAL_PLAIN: 2, View.GLOBAL_MASKED: 2}
+    assert image is not None
+    reads = dict.fromkeys(request, Reads.MASKED)
+    for view, features in image(views, request, reads).items():
+        alone = image(views, {view: 2}, reads)[view]
+        torch.testing.assert_close(features, alone, rtol=1e-11, atol=1e-12)

@@ -8,13 +8,14 @@ import pytest
 import torch
 import yaml
 from commands import ROOT, log, run
+from drawn import draw_views
 from harmony_fast.engine.config import RunConfig, dump_config, load_config
 from harmony_fast.engine.data.prepare import prepare
 from harmony_fast.engine.errors import UserError
 from harmony_fast.harmony.model import Harmony
 from harmony_fast.harmony.objectives import Collectives
 from harmony_fast.harmony.schedules import Clock
-from harmony_fast.harmony.views import Views, draw_views
+from harmony_fast.harmony.views import Views
 from harmony_fast.kernels import contrastive_loss
 from safetensors.torch import load_file
 from tiny import tiny_config

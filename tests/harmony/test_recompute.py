@@ -35,6 +35,16 @@ def test_gradients_are_those_of_a_plain_layer(rows: int, width: int, out: int, n
             torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
 
 
+def test_under_autocast_a_layer_is_a_plain_one() -> None:
+    """A user's own loop may run the model so: what is multiplied in bf16 has gradients in fp32."""
+    layer, x = Linear(4, 3), torch.randn(5, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(F.gelu(x), x, F.gelu)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32
+
+
 @pytest.mark.parametrize("every", [0, 1])
 @pytest.mark.parametrize("kind", ["image", "text"])
 def test_blocks_have_the_gradients_of_their_formula(kind: str, every: int) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from drawn import draw_views
 from harmony_fast.engine.build import build_model
 from harmony_fast.engine.config import REFERENCE_COMPAT, RunConfig, parse_config
 from harmony_fast.engine.optimizer import parameter_groups
@@ -13,7 +14,7 @@ from harmony_fast.harmony.model import Harmony
 from harmony_fast.harmony.objectives import Collectives
 from harmony_fast.harmony.packing import lay_out_captions
 from harmony_fast.harmony.schedules import Clock
-from harmony_fast.harmony.views import Views, draw_views, pixel_ratio
+from harmony_fast.harmony.views import Views, pixel_ratio
 
 DOCS = Path(__file__).parents[2] / "docs" / "reference.md"
 CLOCK = Clock(5, 4, 10)  # in the middle of the second epoch

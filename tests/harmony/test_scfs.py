@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from drawn import draw_views
 from harmony_fast.harmony.model import Harmony, MethodConfig
 from harmony_fast.harmony.objectives import Collectives
 from harmony_fast.harmony.objectives.scfs import search
 from harmony_fast.harmony.schedules import Clock
-from harmony_fast.harmony.views import View, Views, draw_views
+from harmony_fast.harmony.views import View, Views
 from torch import Tensor
 
 CLOCK = Clock(5, 4, 10)

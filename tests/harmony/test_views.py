@@ -189,6 +189,15 @@ def test_captions_are_cut_after_their_first_phrase() -> None:
     assert abs((caption_lengths(many) == 4).float().mean() - 0.3) < 0.04
 
 
+@pytest.mark.parametrize(
+    ("ratios", "spreads", "message"),
+    [([0.3], [0.0, 0.2], "they are 1 and 2"), ([], [], "they are 0 and 0"), ([1.3], [0.0], "less than or equal to 1")],
+)
+def test_block_ratios_that_say_nothing_are_refused(ratios: list[float], spreads: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ViewsConfig.model_validate({"block_ratios": ratios, "block_ratio_spreads": spreads})
+
+
 def test_union_of_requests() -> None:
     one, other = {View.GLOBAL_PLAIN: 1, View.CAPTION: 1}, {View.GLOBAL_PLAIN: 2, View.LOCAL: 0}
     assert union([one, other]) == {View.GLOBAL_PLAIN: 2, View.CAPTION: 1}

@@ -65,9 +65,22 @@ def test_wishes_are_kept_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="HARMONY_FAST_KERNELS asks for xformers, but xformers"):
         dispatch.choose("attention", X)
     assert dispatch.choose("ema", X).reason == "kernels.ema asks for it"
+    monkeypatch.setenv("HARMONY_FAST_KERNELS", "auto")
+    assert dispatch.choose("ema", X).reason == dispatch.choose("attention", X).reason == "the tensors are on the CPU"
     monkeypatch.setenv("HARMONY_FAST_KERNELS", "cuda")
     with pytest.raises(ValueError, match="'cuda' is none of auto, triton, torch, xformers"):
         dispatch.choose("ema", X)
+
+
+def test_tensors_without_contents_stand_for_those_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this machine's, where it has one; xformers keeps what triton keeps."""
+    x = torch.empty(1, device="meta")
+    assert dispatch.choose("attention", x).backend == "triton"
+    with dispatch.preferring({"attention": "xformers", "ema": "torch"}):
+        assert dispatch.choose("attention", x).backend == "triton" and dispatch.choose("ema", x).backend == "torch"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (7, 5))
+    assert dispatch.choose("attention", x).backend == "torch"
 
 
 def test_unknown_wishes_are_named() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from drawn import draw_views
 from harmony_fast.engine.config import parse_config
 from harmony_fast.engine.report.patches import class_attention, components, principal_colours
 from harmony_fast.engine.report.reconstructions import reconstruct
@@ -16,7 +17,7 @@ from harmony_fast.engine.report.views import with_holes
 from harmony_fast.harmony.model import Harmony
 from harmony_fast.harmony.objectives import Collectives, Features
 from harmony_fast.harmony.schedules import Clock
-from harmony_fast.harmony.views import View, Views, draw_views
+from harmony_fast.harmony.views import View, Views
 from PIL import Image
 from sklearn.decomposition import PCA
 
