@@ -30,9 +30,11 @@ class DataConfig(Config):
     samples: PositiveInt | None = None
     """With `loader: webdataset`: samples in all shards; null: as img2dataset's _stats.json beside the shards say."""
     tokenizer: str = "clip"
-    """With `loader: webdataset`: as for `harmony-fast prepare --tokenizer`."""
+    """As for `harmony-fast prepare --tokenizer`: of the captions of tars (`loader: webdataset`, `prepare_from`), and of
+    all texts in evaluation, report and export; with .beton files the one that they were prepared with."""
     captions: Literal["one", "all"] = "one"
-    """With `loader: webdataset`: of several captions of an image use the first, or draw one in each epoch."""
+    """With `loader: webdataset` or `prepare_from`: of several captions of an image use the first, or draw one in each
+    epoch. A .beton file has what it was prepared with."""
     shuffle: PositiveInt = 4096
     """With `loader: webdataset`: samples in memory, of all ranks together, that are shuffled."""
     cache_dir: Path | None = None

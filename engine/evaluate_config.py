@@ -107,7 +107,7 @@ class EvaluateConfig(Config):
     class_key: str = "name"
     """Label that zero-shot classification predicts, as text."""
     group_key: str = "subcategory"
-    """Label that the tasks predict which learn from labelled samples. In a folder of classes both are the subfolder."""
+    """Label predicted by every task that learns from labelled samples. In a folder of classes it is the subfolder."""
     templates: list[str] | str = Field(default=["{}"])
     """Prompts of the zero-shot classifier, {} stands for the class: a list, or one; or `imagenet` (CLIP's 80), `simple`
     (7 of them), or a file with one a line."""

@@ -12,4 +12,5 @@ def ensure_data(config: Any) -> None:
     if isinstance(train, Path) and not train.exists() and config.data.prepare_from:
         from .prepare import prepare as run
 
-        run(config.data.prepare_from, train, context=config.model.text.context)
+        data, context = config.data, config.model.text.context
+        run(data.prepare_from, train, context=context, tokenizer=data.tokenizer, captions=data.captions)

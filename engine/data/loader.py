@@ -26,6 +26,7 @@ from .crops import MOST_REDUCED, Status, cut_batch, epoch_key, geometry
 from .order import Blocks, QuasiRandomOrder, RandomOrder
 from .producer import Producer
 from .reading import Direct, Mapped, Storage, fits_memory
+from .tokens import check_ids
 
 BATCHES_AHEAD = 2
 """Batches decoded before they are asked for."""
@@ -62,11 +63,13 @@ class Loader:
         workers: int | None = None,
         order: Order = "auto",
         reading: Reading = "auto",
+        vocabulary: int | None = None,
         pin: bool = False,
     ) -> None:
         """batch_size: samples of all ranks together. workers: threads, by default one for each CPU. order,
         reading: `auto` is random from the page cache for files that fit this machine's memory, else quasi-random with
-        direct reads. pin: batches in page-locked memory, for copies to a CUDA device that nothing waits for.
+        direct reads. vocabulary: of the model; captions with other token ids are refused. pin: batches in page-locked
+        memory, for copies to a CUDA device that nothing waits for.
 
         Raises DataError: not a readable `.beton`, fewer samples than a batch, a batch that the ranks cannot share.
         """
@@ -80,7 +83,8 @@ class Loader:
         self.order_kind = order if order != "auto" else "random" if fits else "quasi_random"
         self.reading = reading if reading != "auto" else "page_cache" if fits else "direct"
         self._workers = _worker_count(workers)
-        self._pin, self._blocks = pin, Blocks(self._set.starts, self._set.bytes)
+        self._vocabulary, self._pin = vocabulary, pin
+        self._blocks = Blocks(self._set.starts, self._set.bytes)
         self._storage: Storage = Mapped(self._set) if self.reading == "page_cache" else Direct(self._set, self._blocks)
         self._producer: Producer[RawBatch] | None = None
         self._at = np.empty(0, np.int64)
@@ -113,7 +117,7 @@ class Loader:
         """This rank's batches of `epoch` from `start_step` on, each in memory of its own.
 
         One epoch runs at a time: starting another closes this one. Raises DataError within seconds, naming the
-        sample, if an image cannot be decoded, or if the thread that decodes dies.
+        sample, if an image cannot be decoded or a caption has an unknown token, or if the thread that decodes dies.
         """
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"step {start_step} is not in an epoch of {self.steps_per_epoch} steps")
@@ -163,6 +167,8 @@ class Loader:
         if lost.size:
             raise DataError(f"{self._set.named(int(indices[lost[0]]))}: its caption lies outside the file's data")
         fetched = self._storage.fetch(indices, records)
+        if self._vocabulary is not None:
+            check_ids(fetched.tokens, self._vocabulary, lambda slot: self._set.named(int(indices[slot])))
         v, count = self.views, len(indices)
         crops = (
             torch.empty(count, number, size, size, 3, dtype=torch.uint8, pin_memory=self._pin)

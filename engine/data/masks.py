@@ -15,6 +15,8 @@ from .samples import IMAGES, extension_of, read_small
 
 IMAGE_FOLDERS = ("images", "img", "JPEGImages")
 MASK_FOLDERS = ("masks", "annotations", "labels", "SegmentationClass")
+PARTS = ("training", "validation")
+"""Subfolders of images and masks, where there are any."""
 MASK_ENDINGS = (".png", ".bmp", ".tif", ".tiff")
 ADE20K_NAMES = "objectInfo150.txt"
 """The file that tells ADE20K's folder (SceneParsing benchmark) from others."""
@@ -54,12 +56,14 @@ class MaskedImage:
 
 
 def find_masked(root: Path, part: str) -> list[MaskedImage]:
-    """The images below `root`/images with their masks, sorted. part: training or validation, where there are such
-    subfolders. Raises DataError where a folder or a mask is missing, or there is no image.
+    """The images below `root`/images with their masks, sorted. part: one of `PARTS`, where there are such subfolders.
+    Raises DataError where a folder or a mask is missing, there is the other part alone, or no image.
     """
     images, masks = _folder(root, IMAGE_FOLDERS, "images"), _folder(root, MASK_FOLDERS, "masks")
     if (images / part).is_dir():
         images, masks = images / part, masks / part
+    elif others := [other for other in PARTS if (images / other).is_dir()]:
+        raise DataError(f"{images / part}: no such folder, though there is one called {others[0]}")
     found = []
     for folder, below, names in os.walk(images, followlinks=True):
         below.sort()

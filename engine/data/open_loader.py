@@ -59,14 +59,14 @@ def open_loader(config: RunConfig, ranks: Ranks) -> AnyLoader:
             data.sources, config.views, context=config.model.text.context, batch_size=data.batch_size,
             seed=config.seed, rank=ranks.rank, world_size=ranks.world_size, workers=workers,
             tokenizer=data.tokenizer, captions=data.captions, samples=data.samples, shuffle=data.shuffle, cache=cache,
-            pin=pin,
+            vocabulary=config.model.text.vocabulary, pin=pin,
         )  # fmt: skip
     from .loader import Loader  # imports FFCV, which takes seconds, and need not be installed for the other
 
     return Loader(
         data.sources, config.views, batch_size=data.batch_size, seed=config.seed, rank=ranks.rank,
         world_size=ranks.world_size, workers=workers, order=settle_order(config, ranks), reading=data.reading,
-        pin=pin,
+        vocabulary=config.model.text.vocabulary, pin=pin,
     )  # fmt: skip
 
 

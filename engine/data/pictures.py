@@ -199,8 +199,13 @@ def _of_beton(beton: Beton, tokenizer: str) -> Iterator[Picture]:
                 yield Picture(name, partial(_refuse, "image or caption outside the file's data"), (), {})
                 continue
             load = partial(_decode, data, int(image["mode"]), int(image["width"]), int(image["height"]))
-            captions = np.frombuffer(tokens, "<i4").reshape(-1, beton.context)
-            yield Picture(name, load, tuple(text_of(caption, tokenizer) for caption in captions), {}, key)
+            rows = np.frombuffer(tokens, "<i4").reshape(-1, beton.context)
+            try:
+                captions = tuple(text_of(row, tokenizer) for row in rows)
+            except Rejected as rejected:
+                yield Picture(name, partial(_refuse, str(rejected)), (), {})
+                continue
+            yield Picture(name, load, captions, {}, key)
 
 
 def _decode(data: bytes, mode: int, width: int, height: int) -> Image.Image:

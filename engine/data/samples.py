@@ -135,8 +135,13 @@ class RowSample:
         return usable_captions(found)
 
     def labels(self) -> dict[str, Any]:
-        """All columns of the first row."""
-        return self.row
+        """The columns of the first row, but for files that lie in it."""
+        return {column: value for column, value in self.row.items() if not _is_file(value)}
+
+
+def _is_file(value: Any) -> bool:
+    """Whether a table's cell holds the content of a file: bytes, or as Hugging Face's datasets store images."""
+    return isinstance(value, bytes) or (isinstance(value, dict) and "bytes" in value)
 
 
 def extension_of(name: str) -> str:

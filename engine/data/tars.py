@@ -27,8 +27,29 @@ def without_ending(name: str) -> str:
     return next((name.removesuffix(ending) for ending in TARS if name.endswith(ending)), name)
 
 
+class _Header(tarfile.TarInfo):
+    """A member's header, or none at the end."""
+
+    @classmethod
+    def fromtarfile(cls, tar: Tar) -> _Header:  # type: ignore[override]
+        """The next one. Raises what TarFile expects where there is none."""
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # not in the stubs
+            tar.ended = True
+            raise
+
+
+class Tar(tarfile.TarFile):
+    """A tar that knows whether it came to its end: TarFile takes a broken header in the middle for the end as well."""
+
+    tarinfo = _Header
+    ended = False
+    """Whether the block of zeros was met that ends an archive."""
+
+
 @contextmanager
-def open_tar(path: Path, start: int = 0) -> Iterator[tuple[tarfile.TarFile, BinaryIO]]:
+def open_tar(path: Path, start: int = 0) -> Iterator[tuple[Tar, BinaryIO]]:
     """The tar at `path`, compressed or not, and the file below it. Raises DataError where it cannot be opened.
 
     start: byte of an uncompressed tar at which a member begins.
@@ -47,10 +68,10 @@ def open_tar(path: Path, start: int = 0) -> Iterator[tuple[tarfile.TarFile, Bina
             yield tar, file
 
 
-def tar_of(file: BinaryIO, name: str) -> tarfile.TarFile:
+def tar_of(file: BinaryIO, name: str) -> Tar:
     """The tar that begins where `file` stands, compressed or not. Raises DataError where there is none."""
     try:
-        return tarfile.open(fileobj=file)
+        return Tar.open(fileobj=file)
     except DAMAGE as error:
         _raise_if_of_the_disk(error, name)
         raise DataError(f"{name}: not a tar archive, or its beginning is damaged") from None
@@ -64,9 +85,7 @@ def read_shard(
         yield from tar_samples(tar, str(path), lambda: progress(file.tell()), stop)
 
 
-def tar_samples(
-    tar: tarfile.TarFile, name: str, progress: Callable[[], None], stop: int | None = None
-) -> Iterator[FileSample]:
+def tar_samples(tar: Tar, name: str, progress: Callable[[], None], stop: int | None = None) -> Iterator[FileSample]:
     """The samples of an open tar. A sample is a run of files whose names agree up to the first dot.
 
     progress: called after every sample. stop: the byte at which to end, None for the end of the archive. Raises
@@ -85,8 +104,8 @@ def tar_samples(
                 sample.failure = Rejected(TOO_LARGE)
             else:
                 sample.files[extension] = data
-        if stop is None:
-            _check_end(tar)
+        if stop is None and not tar.ended:
+            raise tarfile.ReadError("no end of archive where the last file ends")
     except DAMAGE as error:
         _raise_if_of_the_disk(error, name)
         damage = error
@@ -127,14 +146,6 @@ def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     if len(data) != member.size:
         raise tarfile.ReadError("unexpected end of data")
     return data
-
-
-def _check_end(tar: tarfile.TarFile) -> None:
-    """tarfile takes a broken header in the middle for the end; the true end is a block of zeros."""
-    tar.fileobj.seek(tar.offset)
-    block = tar.fileobj.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE or block.strip(b"\0"):
-        raise tarfile.ReadError("no end of archive where the last file ends")
 
 
 def _is_complete(sample: FileSample) -> bool:

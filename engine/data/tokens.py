@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import DataError
+from .images import Rejected
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
@@ -40,11 +42,32 @@ def tokenize(caption: str, context: int, tokenizer: str = CLIP) -> tuple[np.ndar
 
 
 def text_of(tokens: np.ndarray, tokenizer: str = CLIP) -> str:
-    """The words of one caption, int32 [context]: what `tokenize` makes the same ids of (it writes in small letters)."""
+    """The words of one caption, integers [n] up to the end token: what `tokenize` makes the same ids of (it writes in
+    small letters). Raises Rejected where the tokenizer does not know an id."""
     encoder = _tokenizer(tokenizer)
+    if unknown_ids(tokens, encoder.vocab_size).any():
+        raise Rejected("caption with token ids that the tokenizer (data.tokenizer) does not know")
+    ends = np.flatnonzero(tokens == encoder.eot_token_id)
+    words = tokens[: ends[0]] if ends.size else tokens
     special = set(encoder.all_special_ids)
-    words = [i for i in tokens[: int(tokens.argmax())].tolist() if i not in special]
-    return encoder.decode(words).strip()
+    return encoder.decode([i for i in words.tolist() if i not in special]).strip()
+
+
+def unknown_ids(tokens: np.ndarray, vocabulary: int) -> np.ndarray:
+    """Which of some token ids are not in 0 .. vocabulary - 1: bool, of the same shape."""
+    return (tokens < 0) | (tokens >= vocabulary)
+
+
+def check_ids(tokens: np.ndarray, vocabulary: int, name: Callable[[int], str]) -> None:
+    """Raises DataError where captions, integers [B, context], hold an id that the model has no embedding for; name: of
+    a sample of the batch, by its place."""
+    if tokens.min() >= 0 and tokens.max() < vocabulary:
+        return
+    rows, places = np.nonzero(unknown_ids(tokens, vocabulary))
+    raise DataError(
+        f"{name(int(rows[0]))}: its caption has the token id {tokens[rows[0], places[0]]}, the text tower knows "
+        f"{vocabulary}: set model.text.vocabulary to the size of the tokenizer's, or prepare the captions again"
+    )
 
 
 @cache

@@ -33,7 +33,7 @@ from .producer import Producer
 from .remote import Cache
 from .samples import SHARD_DAMAGED, ShardDamaged
 from .shards import count_samples, expand_shards, read_any
-from .tokens import CLIP, tokenize
+from .tokens import CLIP, check_ids, tokenize
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -71,11 +71,13 @@ class WebdatasetLoader:
         samples: int | None = None,
         shuffle: int = 4096,
         cache: Cache | None = None,
+        vocabulary: int | None = None,
         pin: bool = False,
     ) -> None:
         """sources: paths, globs, brace ranges, addresses, `pipe:` commands. context: tokens per caption. batch_size:
         samples of all ranks together. samples: in all shards, where nothing beside them tells. shuffle: samples of all
-        lanes together that are shuffled at once. cache: where whole shards from afar are kept.
+        lanes together that are shuffled at once. cache: where whole shards from afar are kept. vocabulary: of the
+        model; captions with other token ids are refused.
 
         Raises DataError: a source names nothing, samples cannot be counted, ranks cannot share batch or shards.
         """
@@ -89,7 +91,8 @@ class WebdatasetLoader:
         self._own_lanes = range(rank * own, (rank + 1) * own)
         self._workers = workers or len(os.sched_getaffinity(0))
         self._tokenizer, self._several = tokenizer, captions == "all"
-        self._window, self._cache, self._pin = max(1, shuffle // self.lanes), cache, pin
+        self._window, self._cache = max(1, shuffle // self.lanes), cache
+        self._vocabulary, self._pin = vocabulary, pin
         self._producer: Producer[RawBatch] | None = None
         self._keys: OrderedDict[int, str] = OrderedDict()
         self._at = "its start"
@@ -152,13 +155,19 @@ class WebdatasetLoader:
         chosen: list[Candidate] = []
         for lane in lanes:
             candidates = lane.take(share)
-            self._at = f"sample {candidates[0].key!r} of {self._shards[candidates[0].index >> PLACE_BITS]}"
+            self._at = self._named(candidates[0])
             outs = global_crops[len(chosen) :].numpy(), local_crops[len(chosen) :].numpy()
-            good = self._decode(candidates, epoch, *outs, pool)
-            chosen += self._fill_gaps(candidates, good, lane, epoch, *outs)
+            problems = self._decode(candidates, epoch, *outs, pool)
+            for problem in filter(None, problems):
+                self._count(problem)
+            chosen += self._fill_gaps(candidates, problems, lane, epoch, *outs)
         index = torch.tensor([candidate.index for candidate in chosen])
         self._remember(chosen)
         return RawBatch(global_crops, local_crops, self._tokens(chosen, index, epoch, pool), index)
+
+    def _named(self, candidate: Candidate) -> str:
+        """A sample as messages call it."""
+        return f"sample {candidate.key!r} of {self._shards[candidate.index >> PLACE_BITS]}"
 
     def _decode(
         self,
@@ -167,29 +176,29 @@ class WebdatasetLoader:
         global_crops: np.ndarray,
         local_crops: np.ndarray,
         pool: ThreadPoolExecutor,
-    ) -> list[bool]:
-        """Crops of n candidates into the first n places of both arrays; which of them could be decoded."""
-        sizes = [self._checked(header, c.image) for c in candidates]
+    ) -> list[str | None]:
+        """Crops of n candidates into the first n places of both arrays; of each why it cannot be decoded, or None."""
+        problems: list[str | None] = [None] * len(candidates)
+
+        def attempt(slot: int, work: Callable[..., T], *arguments: object) -> T | None:
+            try:
+                return work(*arguments)
+            except Rejected as rejected:
+                problems[slot] = str(rejected)
+                return None
+
+        sizes = [attempt(slot, header, candidate.image) for slot, candidate in enumerate(candidates)]
         height, width = (torch.tensor([size[side] if size else 1 for size in sizes]) for side in (0, 1))
         index = torch.tensor([candidate.index for candidate in candidates])
         boxes = draw_boxes(sample_keys(self.seed, epoch, index, Purpose.CROP), height, width, self.views)
 
-        def finish(slot: int) -> bool:
-            cut(candidates[slot].image, boxes[slot], global_crops[slot], local_crops[slot])
-            return True
+        def finish(slot: int) -> None:
+            if problems[slot] is None:
+                attempt(slot, cut, candidates[slot].image, boxes[slot], global_crops[slot], local_crops[slot])
 
-        def work(slot: int) -> bool:
-            return sizes[slot] is not None and bool(self._checked(finish, slot))
-
-        return list(pool.map(work, range(len(candidates))))
-
-    def _checked(self, work: Callable[..., T], *arguments: object) -> T | None:
-        """What `work` gives; None, and counted, where the sample is rejected."""
-        try:
-            return work(*arguments)
-        except Rejected as rejected:
-            self._count(str(rejected))
-            return None
+        for _ in pool.map(finish, range(len(candidates))):
+            pass
+        return problems
 
     def _count(self, reason: str) -> None:
         with self._counting:
@@ -198,7 +207,7 @@ class WebdatasetLoader:
     def _fill_gaps(
         self,
         candidates: list[Candidate],
-        good: list[bool],
+        problems: list[str | None],
         lane: Lane,
         epoch: int,
         global_crops: np.ndarray,
@@ -206,12 +215,12 @@ class WebdatasetLoader:
     ) -> list[Candidate]:
         """The candidates, each that could not be decoded replaced by the next one that could, crops included."""
         chosen, last = list(candidates), len(candidates) - 1
-        if not good[last]:  # from the batches to come, where the same sample will have its own place again
+        if problems[last]:  # from the batches to come, where each will have its own place, and be counted if it is bad
             place = global_crops[last:], local_crops[last:]
             with ThreadPoolExecutor(1) as pool:
-                chosen[last] = next(c for c in lane.ahead() if self._decode([c], epoch, *place, pool)[0])
+                chosen[last] = next(c for c in lane.ahead() if self._decode([c], epoch, *place, pool) == [None])
         for slot in reversed(range(last)):
-            if not good[slot]:
+            if problems[slot]:
                 chosen[slot] = chosen[slot + 1]
                 global_crops[slot], local_crops[slot] = global_crops[slot + 1], local_crops[slot + 1]
         return chosen
@@ -220,7 +229,10 @@ class WebdatasetLoader:
         draws = uniform(split(sample_keys(self.seed, epoch, index, Purpose.CROP), 3)[:, 2], 1)[:, 0].tolist()
         captions = [c.captions[int(draw * len(c.captions))] for c, draw in zip(chosen, draws, strict=True)]
         rows = pool.map(lambda caption: tokenize(caption, self.context, self._tokenizer)[0], captions)
-        return torch.from_numpy(np.stack(list(rows)).astype(np.int64))
+        tokens = np.stack(list(rows)).astype(np.int64)
+        if self._vocabulary is not None:
+            check_ids(tokens, self._vocabulary, lambda slot: self._named(chosen[slot]))
+        return torch.from_numpy(tokens)
 
     def _remember(self, chosen: list[Candidate]) -> None:
         self._keys.update((candidate.index, candidate.key) for candidate in chosen)
@@ -246,10 +258,13 @@ class WebdatasetLoader:
         """The samples of a shard that have an image and a caption."""
         try:
             for place, sample in enumerate(read_any(self._shards[shard], self._cache)):
-                found = self._checked(lambda s: (s.image(), s.captions(self._several)), sample)
-                if found is not None:
-                    captions = found[1] if self._several else found[1][:1]
-                    yield Candidate(shard << PLACE_BITS | place, sample.key, found[0], captions)
+                try:
+                    image, captions = sample.image(), sample.captions(self._several)
+                except Rejected as rejected:
+                    self._count(str(rejected))
+                    continue
+                kept = captions if self._several else captions[:1]
+                yield Candidate(shard << PLACE_BITS | place, sample.key, image, kept)
         except ShardDamaged:
             self._count(SHARD_DAMAGED)
             logger.warning("%s: cut short or damaged; its samples up to there are used", self._shards[shard])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from ..checkpoint import load_run
 from ..config import RunConfig, with_overrides
 from ..data.pictures import PictureSet, open_pictures
 from ..errors import UserError
-from ..evaluated import about, choose_branch, keep_metrics, leaves
+from ..evaluated import about, choose_branch, keep_metrics
 from ..export.metadata import exported_file, load_exported
+from .chance import CHANCE, agreement, with_levels
 from .classes import Labelled, class_names, labels_of, require_several
 from .features import Features, Towers, extract, how_to_read, image_embeddings, text_embeddings
 from .few_shot import few_shot
@@ -161,15 +162,16 @@ def run_zero_shot(work: Evaluation) -> dict[str, Any]:
     """Zero-shot over the class names that occur in the samples, or over all that `evaluate.classes` gives.
 
     Classes of one name stay apart, as in open_clip's evaluation, whose numbers ours are to be compared with: ImageNet
-    has two called missile and two called sunglasses, and the first of them is what is found.
+    has two called missile and two called sunglasses. Each name goes through the tower once, so that their scores are
+    the same to the bit.
     """
     work.require_joint("zero-shot")
     settings = work.config.evaluate
     labels = labels_of(work.data.named_labels, settings.class_key)
     by_label = class_names(labels, settings.classes)
     require_several(list(by_label), "zero-shot", settings.class_key)
-    weights = class_weights(work.embed, list(by_label.values()), settings.templates)
-    return zero_shot(image_embeddings(work.towers, work.data.last), weights, labels, list(by_label))
+    weights = class_weights(work.embed, list(dict.fromkeys(by_label.values())), settings.templates)
+    return zero_shot(image_embeddings(work.towers, work.data.last), weights, labels, by_label)
 
 
 def run_retrieval(work: Evaluation) -> dict[str, Any]:
@@ -187,7 +189,8 @@ def run_retrieval(work: Evaluation) -> dict[str, Any]:
 def run_knn(work: Evaluation) -> dict[str, Any]:
     """Nearest neighbours of the data in the bank."""
     known, asked = work.labelled("knn")
-    return knn(work.data.last, asked, work.bank.last, known, work.config.evaluate.neighbours)
+    found = knn(work.data.last, asked, work.bank.last, known, work.config.evaluate.neighbours)
+    return found | guessed(known, asked)
 
 
 def run_linear(work: Evaluation) -> dict[str, Any]:
@@ -195,13 +198,14 @@ def run_linear(work: Evaluation) -> dict[str, Any]:
     known, asked = work.labelled("linear")
     settings, device = work.config.evaluate.linear, work.image.cls_token.device
     bank, data = inputs(work.bank, settings), inputs(work.data, settings)
-    return linear(bank, known, data, asked, settings, device, work.share)
+    return linear(bank, known, data, asked, settings, device, work.share) | guessed(known, asked)
 
 
 def run_few_shot(work: Evaluation) -> dict[str, Any]:
     """Logistic regression on a few samples of the bank."""
     known, asked = work.labelled("few-shot")
-    return few_shot(work.bank.last, known, work.data.last, asked, work.config.evaluate.few_shot)
+    found: dict[str, Any] = few_shot(work.bank.last, known, work.data.last, asked, work.config.evaluate.few_shot)
+    return found | guessed(set(known), asked)  # as many of each class are drawn
 
 
 def run_finetune(work: Evaluation) -> dict[str, Any]:
@@ -209,7 +213,13 @@ def run_finetune(work: Evaluation) -> dict[str, Any]:
     work.require_bank("finetune")
     bank, data = (list(work.pictures(key).read()) for key in ("bank", "data"))
     known, asked = work.agreeing("finetune", *([(p.name, p.labels) for p in pictures] for pictures in (bank, data)))
-    return finetune(work.image, work.config, bank, known, data, asked, work.share)
+    found: dict[str, Any] = finetune(work.image, work.config, bank, known, data, asked, work.share)
+    return found | guessed(known, asked)
+
+
+def guessed(known: Iterable[str], asked: list[str]) -> dict[str, Any]:
+    """What naming the label of a random labelled sample would score, to stand beside a task's numbers."""
+    return {CHANCE: {"top1": agreement(known, asked)}}
 
 
 def run_segmentation(work: Evaluation) -> dict[str, Any]:
@@ -244,8 +254,9 @@ def require(sources: list[str], key: str) -> list[str]:
 
 def as_table(metrics: dict[str, Any]) -> Table:
     """For the terminal: fractions in percent, words as they are."""
-    table = Table("task", "metric", "%", title="evaluation")
-    for task, values in metrics.items():
-        for path, value in leaves(values):
-            table.add_row(task, path.replace("/", " "), value if isinstance(value, str) else f"{100 * value:.2f}")
+    table = Table("task", "metric", "%", "chance", title="evaluation")
+    for path, value, level in with_levels(metrics):
+        task, _, metric = path.partition("/")
+        shown = value if isinstance(value, str) else f"{100 * value:.2f}"
+        table.add_row(task, metric.replace("/", " "), shown, "" if level is None else f"{100 * level:.2f}")
     return table

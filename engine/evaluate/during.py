@@ -7,9 +7,10 @@ import time
 from ..build import count_micro_batches
 from ..config import RunConfig
 from ..distributed import Ranks
-from ..evaluated import choose_branch, leaves
+from ..evaluated import choose_branch
 from ..zero import Zero
 from . import evaluate_towers
+from .chance import with_levels
 from .share import Share
 
 
@@ -30,5 +31,5 @@ def evaluate_now(config: RunConfig, zero: Zero, ranks: Ranks) -> dict[str, float
             found = evaluate_towers(limited, branch, config.evaluate_tasks, Share(ranks.rank, ranks.world_size))
     finally:
         zero.model.train()
-    numbers = {f"evaluate/{path}": float(value) for path, value in leaves(found) if not isinstance(value, str)}
+    numbers = {f"evaluate/{path}": float(value) for path, value, _ in with_levels(found) if not isinstance(value, str)}
     return {**numbers, "evaluate/seconds": time.perf_counter() - begun}

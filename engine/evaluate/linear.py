@@ -95,7 +95,7 @@ def linear(
     x, queries = x.to(device), queries.to(device)
     held = torch.zeros(len(x), dtype=torch.bool, device=device)
     held[torch.randperm(len(x), generator=torch.Generator().manual_seed(SEED))[: len(x) // HELD_OUT]] = True
-    probe = train_probe(x[~held], truth[~held], len(classes), config)
+    probe = train_probe(x[~held], truth[~held], len(classes), config, share)
     chosen = _right(probe.logits(x[held]), truth[held])[..., 0].mean(1).argmax()
     right = _right(probe.logits(queries), asked)
     rates = {f"{rate:g}": right[i, :, 0].mean().item() for i, rate in enumerate(config.learning_rates)}

@@ -20,7 +20,12 @@ def share_within(ranks: Tensor, k: int) -> float:
     return (ranks < k).float().mean().item()
 
 
-def same(left: list[str], right: list[str]) -> Tensor:
-    """bool [len(left), len(right)]: whether two labels are equal."""
-    index = {label: i for i, label in enumerate(dict.fromkeys([*left, *right]))}
-    return torch.tensor([index[x] for x in left])[:, None] == torch.tensor([index[x] for x in right])
+def chance_within(right: Tensor, of: int, k: int) -> float:
+    """Share of rows that have a right answer among the first k of `of` in a random order.
+
+    right: int64 [n], how many right answers each row has.
+    """
+    missed = torch.ones(len(right), dtype=torch.float64)
+    for place in range(min(k, of)):
+        missed *= ((of - right.double() - place) / (of - place)).clamp(min=0)
+    return 1 - missed.mean().item()

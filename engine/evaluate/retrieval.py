@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .ranking import ranks_of_best, share_within
+from .chance import CHANCE
+from .ranking import chance_within, ranks_of_best, share_within
 
 ROWS = 1024
 """Queries compared at once."""
@@ -14,8 +17,8 @@ KS = (1, 5, 10)
 
 def retrieval(
     images: Tensor, texts: Tensor, captions: list[str], owners: list[int] | None = None, own_only: bool = False
-) -> dict[str, dict[str, float]]:
-    """Share of queries with a right answer among the first k.
+) -> dict[str, dict[str, Any]]:
+    """Share of queries with a right answer among the first k, both ways; and what guessing would score.
 
     images, texts: unit vectors [n, E] and [m, E]; captions: the m texts; owners: the image of each (None: text i is of
     image i). Equal captions answer each other's images, unless own_only: then only an image's own do (as papers on
@@ -34,4 +37,9 @@ def retrieval(
         ranks_of_best(texts[rows] @ images.T, has[:, text[rows]].T) for rows in torch.arange(len(texts)).split(ROWS)
     ]
     ranks = {"image_to_text": torch.cat(to_text), "text_to_image": torch.cat(to_image)}
-    return {name: {f"r{k}": share_within(r, k) for k in KS} for name, r in ranks.items()}
+    found: dict[str, dict[str, Any]] = {name: {f"r{k}": share_within(r, k) for k in KS} for name, r in ranks.items()}
+    image, caption = has.nonzero().T
+    right_texts = torch.zeros(len(images), dtype=torch.int64).index_add_(0, image, text.bincount()[caption])
+    right = {"image_to_text": (right_texts, len(texts)), "text_to_image": (has.sum(0)[text], len(images))}
+    found[CHANCE] = {name: {f"r{k}": chance_within(*of, k) for k in KS} for name, of in right.items()}
+    return found

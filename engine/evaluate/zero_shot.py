@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
+from .chance import CHANCE
 from .classes import read_lines
 from .features import in_batches
-from .ranking import ranks_of_best, same, share_within
+from .ranking import ranks_of_best, share_within
 
 CLASSES_AT_ONCE = 64
 """Classes whose prompts are embedded in one call."""
 ROWS = 4096
 """Images compared at once."""
+KS = (1, 5, 10)
 
 
 def prompts(templates: list[str] | str) -> list[str]:
@@ -53,15 +56,24 @@ def class_weights(embed: Callable[[list[str]], Tensor], classes: list[str], temp
     return F.normalize(torch.cat(parts), dim=-1)
 
 
-def zero_shot(images: Tensor, weights: Tensor, labels: list[str], classes: list[str]) -> dict[str, float]:
-    """Top-1, top-5 and top-10 accuracy, and the mean over classes of the top-1 accuracy.
+def zero_shot(images: Tensor, weights: Tensor, labels: list[str], names: Mapping[str, str]) -> dict[str, Any]:
+    """Top-1, top-5 and top-10 accuracy, and the mean over classes of the top-1 accuracy; and what guessing would score.
 
-    images: unit vectors [n, E]; weights: [classes, E]; labels: the n true classes; classes: those of the weights.
+    images: unit vectors [n, E]; labels: the n true classes; names: of all classes by label; weights: [names, E], each
+    name once, in the order of `names`. Of classes with one name the first is found, as in open_clip's evaluation: it
+    counts against the later ones, they do not count against it. All other ties count against.
     """
-    chunks = zip(images.split(ROWS), in_batches(labels, ROWS), strict=True)
-    ranks = torch.cat([ranks_of_best(chunk @ weights.T, same(truth, classes)) for chunk, truth in chunks])
+    places = {name: place for place, name in enumerate(dict.fromkeys(names.values()))}
+    name, number = torch.tensor([places[each] for each in names.values()]), torch.arange(len(names))
+    numbers = {label: i for i, label in enumerate(names)}
+    true = torch.tensor([numbers[label] for label in labels])
+    ranks = torch.cat([
+        ranks_of_best((chunk @ weights.T)[:, name], (name == name[truth]) & (number >= truth))
+        for chunk, truth in zip(images.split(ROWS), true[:, None].split(ROWS), strict=True)
+    ])  # fmt: skip
     by_class: dict[str, list[bool]] = {}
     for label, right in zip(labels, (ranks < 1).tolist(), strict=True):
         by_class.setdefault(label, []).append(right)
     mean = sum(sum(rights) / len(rights) for rights in by_class.values()) / len(by_class)
-    return {f"top{k}": share_within(ranks, k) for k in (1, 5, 10)} | {"mean_per_class": mean}
+    guessed = {f"top{k}": min(k / len(names), 1.0) for k in KS} | {"mean_per_class": 1 / len(names)}
+    return {f"top{k}": share_within(ranks, k) for k in KS} | {"mean_per_class": mean, CHANCE: guessed}

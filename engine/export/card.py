@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 
 from ..config import RunConfig, dump_config
-from ..evaluated import leaves
-from .source import Exported, Source
+from ..evaluate.chance import with_levels
+from .source import Exported, Source, shareable_name
 
 LEARNING = ("knn", "linear", "few_shot", "finetune", "segmentation")
 """Tasks that learn from labelled samples."""
@@ -85,7 +85,7 @@ def _training(source: Source) -> str:
     config = source.config
     rows = {
         "objectives": ", ".join(f"{name} (weight {o.weight:g})" for name, o in config.objectives.active().items()),
-        "data": ", ".join(Path(name).name for name in config.data.sources),
+        "data": ", ".join(map(shareable_name, config.data.sources)),
         "optimizer steps": f"{source.step:,}" if source.step else "not known",
         "samples per step": f"{config.data.batch_size:,}",
         "schedule": f"{config.epochs} epochs",
@@ -98,17 +98,19 @@ def _training(source: Source) -> str:
 
 def _results(source: Source) -> str:
     rows = []
-    for task, found in source.metrics.items():
+    for path, value, level in with_levels(source.metrics):
+        task = path.partition("/")[0]
         of = source.about.get(task, {})
         where = [of.get("data", ""), f"learned from {of['bank']}" if "bank" in of and task in LEARNING else ""]
         where.append(of.get("checkpoint", ""))
-        for path, value in leaves(found, task):
-            name = path.replace("/", " ").replace("_", " ")
-            shown = f"{100 * value:.2f}" if isinstance(value, int | float) else str(value)
-            rows.append(f"| {name} | {shown} | {'; '.join(filter(None, where))} |")
+        name = path.replace("/", " ").replace("_", " ")
+        shown = f"{100 * value:.2f}" if isinstance(value, int | float) else str(value)
+        guessed = "" if level is None else f"{100 * level:.2f}"
+        rows.append(f"| {name} | {shown} | {guessed} | {'; '.join(filter(None, where))} |")
     if not rows:
         return "## Results\n\nNot evaluated: `harmony-fast evaluate` writes the numbers that belong here."
-    return "## Results\n\nBy `harmony-fast evaluate`, in percent.\n\n| | | on |\n|---|---|---|\n" + "\n".join(rows)
+    head = "| | | chance | on |\n|---|---|---|---|\n"
+    return f"## Results\n\nBy `harmony-fast evaluate`, in percent.\n\n{head}" + "\n".join(rows)
 
 
 def _shareable(source: Source) -> str:

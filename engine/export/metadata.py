@@ -75,6 +75,14 @@ def _metadata(file: Path) -> str | None:
         return None
 
 
+def exported_format(file: Path) -> str | None:
+    """The format of a weights file that `export` wrote; None of any other file."""
+    try:
+        return json.loads(_metadata(file) or "{}").get("format")
+    except ValueError:
+        return None
+
+
 def load_exported(file: Path, device: torch.device | str = "cpu") -> tuple[RunConfig, LoadedTowers]:
     """Configuration and towers of a file that `exported_file` found. Raises UserError where it is damaged."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +66,7 @@ class Source:
     def shareable(self) -> RunConfig:
         """The configuration without the places of files, which say more about a machine than about a model."""
         config = self.config.model_copy(deep=True)
-        train = [Path(name).name for name in config.data.sources]
+        train = [shareable_name(source) for source in config.data.sources]
         config.data = config.data.model_copy(update={"train": train, "prepare_from": [], "cache_dir": None})
         away: dict[str, Any] = {"data": [], "bank": [], "images": None, "classes": None}
         config.evaluate = config.evaluate.model_copy(update=away)
@@ -88,6 +89,16 @@ class Exported:
     """Python that loads it; FOLDER and FILE stand for the places."""
     notes: list[str] = field(default_factory=list)
     """What a user should know, for the card."""
+
+
+def shareable_name(source: str) -> str:
+    """A data source by the name of its file alone: commands and addresses may hold passwords and keys."""
+    if source.startswith("pipe:"):
+        return "a command"
+    if "://" not in source:
+        return Path(source).name
+    path = re.split("[?#]", source)[0].rpartition("://")[2].partition("/")[2]
+    return Path(path).name or "an address"
 
 
 def read_source(run_dir: Path, branch: str | None) -> Source:

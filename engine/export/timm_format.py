@@ -23,13 +23,13 @@ def build(source: Source) -> Exported:
     """Weights, and timm's `config.json` for `local-dir:` and the Hugging Face hub."""
     name, arguments = architecture(source.config)
     words = "".join(f", {key}={value!r}" for key, value in arguments.items())
+    overlay = "".join(f", {key}={value!r}" for key, value in preprocessing(source.config).items())
     usage = f"""
 import timm
 
-model = timm.create_model("local-dir:FOLDER", pretrained=True)
-# the same, from the file alone:
 model = timm.create_model("{name}", pretrained=True, num_classes=0{words},
-                          pretrained_cfg_overlay=dict(file="FILE"))
+                          pretrained_cfg_overlay=dict(file="FILE"{overlay}))
+# the same where `config.json` lies in the folder: timm.create_model("local-dir:FOLDER", pretrained=True)
 features = model(images)                   # [B, width], the class token
 tokens = model.forward_features(images)    # [B, 1 + patches, width]
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
@@ -71,7 +71,6 @@ def architecture(config: RunConfig) -> tuple[str, dict[str, Any]]:
 def timm_config(config: RunConfig) -> dict[str, Any]:
     """timm's description of the model and its preprocessing."""
     name, arguments = architecture(config)
-    size, augment = config.views.global_size, config.data.augment
     return {
         "architecture": name,
         "num_classes": 0,
@@ -79,11 +78,18 @@ def timm_config(config: RunConfig) -> dict[str, Any]:
         "global_pool": "token",
         "model_args": arguments,
         "pretrained_cfg": {
-            "tag": "harmony", "custom_load": False, "input_size": [3, size, size], "fixed_input_size": True,
-            "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center", "mean": list(augment.mean),
-            "std": list(augment.std), "num_classes": 0, "pool_size": None, "first_conv": "patch_embed.proj",
-            "classifier": "head",
+            "tag": "harmony", "custom_load": False, "fixed_input_size": True, **preprocessing(config), "num_classes": 0,
+            "pool_size": None, "first_conv": "patch_embed.proj", "classifier": "head",
         },
+    }  # fmt: skip
+
+
+def preprocessing(config: RunConfig) -> dict[str, Any]:
+    """How images become what the model was trained on, in timm's words."""
+    size, augment = config.views.global_size, config.data.augment
+    return {
+        "input_size": [3, size, size], "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center",
+        "mean": list(augment.mean), "std": list(augment.std),
     }  # fmt: skip
 
 

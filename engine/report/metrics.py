@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig
+from ..data import labelled
+from ..data.labelled import LabelledSample
 from ..errors import UserError
+from ..evaluate.chance import agreement, level_of, levels, with_levels
 from ..evaluate.classes import class_names
-from ..evaluated import METRICS, leaves
+from ..evaluated import METRICS
 from .curves import is_number, number
 from .markup import Child, Markup, absent, run_name, tag
 from .run import Run
@@ -31,16 +33,20 @@ METRIC_NAMES = {
     "top1": "top-1", "top5": "top-5", "top10": "top-10", "r1": "recall@1", "r5": "recall@5", "r10": "recall@10",
     "miou": "mIoU",
 }  # fmt: skip
+UNRANKED = ("spread",)
+"""Numbers of which the largest is not the best."""
 Tasks = dict[str, dict[str, float]]
+Levels = dict[str, float]
+"""What guessing would score, by the path of a number."""
 
 
 def measured(runs: list[Run]) -> Child:
     """All metrics of all runs."""
     if len(runs) == 1:
-        return metrics_cards(read_metrics(runs[0].folder), random_levels(runs[0].config, runs[0].held))
+        return metrics_cards(read_metrics(runs[0].folder))
     found: dict[int, Tasks] = {}
     missing: dict[int, UserError] = {}
-    levels: dict[str, float] = {}
+    told: list[Levels] = []
     for run in runs:
         try:
             metrics = read_metrics(run.folder)
@@ -48,15 +54,21 @@ def measured(runs: list[Run]) -> Child:
             missing[run.place] = error
             continue
         found[run.place] = by_task(metrics)
-        levels.update({**random_levels(run.config, run.held), **given_levels(metrics)})
+        told.append(levels(metrics))
     if not found:
         raise next(iter(missing.values()))
     tasks = dict.fromkeys(task for run in found.values() for task in run)
-    tables = [_task_table(task, runs, found, levels) for task in tasks]
+    tables = [_task_table(task, runs, found, _agreed(told)) for task in tasks]
     return [tag("div", tables, class_="cards wide"), [absent(error) for error in missing.values()]]
 
 
-def _task_table(task: str, runs: list[Run], found: dict[int, Tasks], levels: dict[str, float]) -> Markup:
+def _agreed(told: list[Levels]) -> Levels:
+    """Those of which no two runs say different things: else there is not one level, as the runs saw different data."""
+    pairs = [pair for known in told for pair in known.items()]
+    return {path: level for path, level in pairs if all(known.get(path, level) == level for known in told)}
+
+
+def _task_table(task: str, runs: list[Run], found: dict[int, Tasks], known: Levels) -> Markup:
     """Runs down, metrics across; the best of each in bold."""
     rows = [(run, found[run.place][task]) for run in runs if task in found.get(run.place, {})]
     names = list(dict.fromkeys(name for _, values in rows for name in values))
@@ -67,13 +79,14 @@ def _task_table(task: str, runs: list[Run], found: dict[int, Tasks], levels: dic
             return tag("td", "–")
         share = values[name]
         bar = tag("span", style=f"width:{100 * share / (best[name] or 1):.1f}%", class_="fill")
-        return tag("td", bar, tag("b" if share == best[name] else "span", percent(share)), class_="share")
+        bold = share == best[name] and name not in UNRANKED
+        return tag("td", bar, tag("b" if bold else "span", percent(share)), class_="share")
 
     body = [
         [tag("th", run_name(run.name, run.place), scope="row"), *(cell(values, name) for name in names)]
         for run, values in rows
     ]
-    guesses = [level_of(levels, task, name) for name in names]
+    guesses = [level_of(known, f"{task}/{name}") for name in names]
     if any(guesses):
         shown = [tag("td", "–" if level is None else percent(level)) for level in guesses]
         body.append([tag("th", "guessing", scope="row", class_="aside"), *shown])
@@ -95,34 +108,24 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
     return metrics
 
 
-def metrics_cards(metrics: dict[str, Any], random_levels: dict[str, float]) -> Markup:
-    """One card per task: each number with a bar and the level of guessing, as far as that is known."""
-    levels = {**random_levels, **given_levels(metrics)}
-    cards = [_task_card(task, values, levels) for task, values in by_task(metrics).items()]
+def metrics_cards(metrics: dict[str, Any]) -> Markup:
+    """One card per task: each number with a bar and the level of guessing, as far as the metrics tell."""
+    cards = [_task_card(task, values, levels(metrics)) for task, values in by_task(metrics).items()]
     return tag("div", cards, class_="cards tasks")
-
-
-def given_levels(metrics: Any) -> dict[str, float]:
-    """Levels of guessing that the metrics themselves tell, by the path of what they belong to."""
-    return {path.replace("/chance", ""): value for path, value in _numbers(metrics) if "/chance" in path}
 
 
 def by_task(metrics: Any) -> Tasks:
     """Fractions by task; counts, chance levels and other numbers beside them are left out."""
     tasks: Tasks = {}
-    for path, value in _numbers(metrics):
+    for path, value, _ in with_levels(metrics):
         task, _, metric = path.rpartition("/")
-        if task and "chance" not in path and 0 <= value <= 1:
-            tasks.setdefault(task, {})[metric] = value
+        if task and is_number(value) and 0 <= value <= 1:
+            tasks.setdefault(task, {})[metric] = float(value)
     return tasks
 
 
-def _numbers(metrics: Any) -> list[tuple[str, float]]:
-    return [(path, float(value)) for path, value in leaves(metrics) if is_number(value)]
-
-
-def _task_card(task: str, values: dict[str, float], levels: dict[str, float]) -> Markup:
-    rows = [_metric(metric, value, level_of(levels, task, metric)) for metric, value in values.items()]
+def _task_card(task: str, values: dict[str, float], known: Levels) -> Markup:
+    rows = [_metric(metric, value, level_of(known, f"{task}/{metric}")) for metric, value in values.items()]
     return tag("article", tag("h3", task_name(task)), rows, class_="card")
 
 
@@ -137,11 +140,6 @@ def _metric(metric: str, value: float, level: float | None) -> Markup:
         bar.append(tag("span", style=f"left:{100 * level:.2f}%", class_="chance"))
     line = tag("div", tag("span", percent(value), class_="value"), name, chance, class_="line")
     return tag("div", line, tag("div", bar, class_="track"), class_="metric")
-
-
-def level_of(levels: dict[str, float], task: str, metric: str) -> float | None:
-    """The level of guessing of a metric; variants of a task (`knn/k10`) share the task's."""
-    return levels.get(f"{task}/{metric}", levels.get(f"{task.partition('/')[0]}/{metric}"))
 
 
 def task_name(task: str) -> str:
@@ -161,29 +159,29 @@ def percent(fraction: float) -> str:
     return f"{number(100 * fraction)} %" if 0 < fraction < 0.1 else f"{100 * fraction:.1f} %"
 
 
-def random_levels(config: RunConfig, held: HeldOut) -> dict[str, float]:
-    """What guessing would score, by the metric's path, for the held-out samples of this run.
+def random_levels(config: RunConfig, held: HeldOut) -> Levels:
+    """What guessing would score, for a sweep, before anything is measured; nothing of sets that are not held whole.
 
     Of what learns from the bank: the chance that a random sample of the bank has the query's group.
     """
-    levels: dict[str, float] = {}
+    found: Levels = {}
     evaluate = config.evaluate
     with suppress(UserError):
-        count = len(held.queries)
+        count = len(_whole(held.queries))
         for direction in ("image_to_text", "text_to_image"):
-            levels.update({f"retrieval/{direction}/r{k}": min(k / count, 1.0) for k in (1, 5, 10)})
+            found.update({f"retrieval/{direction}/r{k}": min(k / count, 1.0) for k in (1, 5, 10)})
     with suppress(UserError):
-        names = class_names(sample_labels(held.queries, evaluate.class_key), evaluate.classes)
-        classes = len(set(names.values()))
-        levels.update({f"zero_shot/top{k}": min(k / classes, 1.0) for k in (1, 5, 10)})
-        levels["zero_shot/mean_per_class"] = 1 / classes
+        classes = len(class_names(sample_labels(_whole(held.queries), evaluate.class_key), evaluate.classes))
+        found.update({f"zero_shot/top{k}": min(k / classes, 1.0) for k in (1, 5, 10)})
+        found["zero_shot/mean_per_class"] = 1 / classes
     with suppress(UserError):
-        groups = [sample_labels(samples, evaluate.group_key) for samples in (held.queries, held.bank)]
-        levels.update({f"{task}/top1": _agreement(*groups) for task in ("knn", "linear", "few_shot", "finetune")})
-    return levels
+        groups = [sample_labels(_whole(samples), evaluate.group_key) for samples in (held.queries, held.bank)]
+        found.update({f"{task}/top1": agreement(*groups) for task in ("knn", "linear", "few_shot", "finetune")})
+    return found
 
 
-def _agreement(left: list[str], right: list[str]) -> float:
-    """The chance that a random label of the one equals a random label of the other."""
-    here, there = Counter(left), Counter(right)
-    return sum(here[name] * there[name] for name in here) / (len(left) * len(right))
+def _whole(samples: list[LabelledSample]) -> list[LabelledSample]:
+    """The same. Raises UserError where they may be a part of a larger set."""
+    if len(samples) >= labelled.MOST:
+        raise UserError(f"of this set {labelled.MOST:,} samples are held")
+    return samples

@@ -59,28 +59,33 @@ def nearest_images(run: Run) -> Markup:
 def choose_queries(run: Run) -> tuple[list[LabelledSample], list[LabelledSample]]:
     """Queries drawn by the seed, and the samples searched: of `evaluate.bank`, or else of where the queries are from.
 
-    Queries are samples whose counterpart is in the bank, if there are any; the bank is bounded, but keeps those.
+    Queries are samples that the bank has one of the same for, if there are any; the bank is bounded, but keeps those.
     """
+    config = run.config
     samples = bank = run.held.pool[1]
     with suppress(UserError):
         bank = run.held.bank
-    known = {sample.key for sample in bank}
-    paired = [sample for sample in samples if sample.key in known] or samples
-    queries = [paired[i] for i in pick(len(paired), run.count, run.config.seed)]
-    keys = {sample.key for sample in queries}
-    ordered = sorted(bank, key=lambda sample: sample.key not in keys)  # stable: counterparts, then the rest
+    known = {concept(config, sample) for sample in bank}
+    paired = [sample for sample in samples if concept(config, sample) in known] or samples
+    queries = [paired[i] for i in pick(len(paired), run.count, config.seed)]
+    asked = {concept(config, sample) for sample in queries}
+    ordered = sorted(bank, key=lambda sample: concept(config, sample) not in asked)  # stable: those, then the rest
     return queries, ordered[:SEARCHED]
 
 
+def concept(config: RunConfig, sample: LabelledSample) -> tuple[str, str]:
+    """What it shows: its class or, where that is not known, its key: sets that number their samples have keys in
+    common which mean nothing."""
+    label = sample.labels.get(config.evaluate.class_key)
+    return ("key", sample.key) if label is None else ("class", str(label))
+
+
 def compare(config: RunConfig, query: LabelledSample, other: LabelledSample) -> Comparison:
-    """Same concept (key or class), same group, or neither."""
-
-    def agree(key: str) -> bool:
-        return key in query.labels and query.labels[key] == other.labels.get(key)
-
-    if query.key == other.key or agree(config.evaluate.class_key):
+    """Same concept, same group, or neither."""
+    if concept(config, query) == concept(config, other):
         return SAME
-    return RELATED if agree(config.evaluate.group_key) else OTHER
+    group = query.labels.get(config.evaluate.group_key)
+    return RELATED if group is not None and group == other.labels.get(config.evaluate.group_key) else OTHER
 
 
 def _neighbour(config: RunConfig, query: LabelledSample, other: LabelledSample, similarity: float) -> Markup:
@@ -147,7 +152,7 @@ def names_of_images(run: Run) -> Markup:
     """A few held-out images with their most probable class names."""
     config, held, branch = run.config, run.held, run.branch
     labels = sample_labels(held.queries, config.evaluate.class_key)
-    by_label = class_names(labels, config.evaluate.classes)
+    by_label = class_names(held.classes, config.evaluate.classes)
     names = list(dict.fromkeys(by_label[label] for label in labels))
     places = pick(len(labels), run.count, config.seed)
     weights = class_weights(partial(text_embeddings, branch, config=config), names, config.evaluate.templates)

@@ -100,6 +100,11 @@ class Run:
         return self.samples // self.config.data.batch_size if self.samples else None
 
     @property
+    def finished(self) -> bool:
+        """Whether training has noted that all steps are done (`FINISHED` of `engine/train.py`)."""
+        return (self.folder / "finished").is_file()
+
+    @property
     def steps(self) -> int:
         """Done, as far as they were logged."""
         return int(self.log[-1]["step"]) if self.log else 0

@@ -20,14 +20,16 @@ from ...harmony.views import Range, Views, crop_boxes
 from ..config import RunConfig
 from ..data.batch import RawBatch
 from ..data.beton import MODE_JPEG
-from ..data.beton_set import BetonSet
+from ..data.beton_set import BetonSet, Records
 from ..data.images import Rejected, decode_rgb
 from ..data.labelled import LabelledSample, read_labelled
+from ..data.pictures import open_pictures
+from ..data.samples import ShardDamaged
 from ..data.sources import expand_sources
 from ..data.tars import read_shard
 from ..data.tokens import text_of, tokenize
 from ..data.views import StepViews
-from ..errors import UserError
+from ..errors import DataError, UserError
 from ..evaluate.classes import labels_of
 from ..evaluate.features import how_to_read, pixels
 from ..shipped import shipped_data
@@ -53,6 +55,16 @@ class HeldOut:
     def bank(self) -> list[LabelledSample]:
         """The samples of `evaluate.bank`."""
         return self._read("bank")
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """`evaluate.class_key` of all samples of `evaluate.data`, of those that are not held as well."""
+        evaluate = self._config.evaluate
+        found = open_pictures(evaluate.data, how_to_read(self._config))
+        if evaluate.classes is None or found.count == len(self.queries):
+            return sample_labels(self.queries, evaluate.class_key)
+        labels = (picture.labels.get(evaluate.class_key) for picture in found.read())
+        return [str(label) for label in labels if label is not None]
 
     @cached_property
     def pool(self) -> tuple[str, list[LabelledSample]]:
@@ -130,30 +142,38 @@ def read_training(config: RunConfig, count: int) -> list[LabelledSample]:
     records = files.records(rows, np.zeros(len(rows)))
     samples = []
     for i, row in enumerate(rows.tolist()):
-        path = files.files[records.file[i]].path
-        with path.open("rb") as file:
-            file.seek(records.start[i])
-            stored = file.read(records.size[i])
-            file.seek(max(records.caption[i], 0))
-            tokens = torch.from_numpy(np.frombuffer(file.read(4 * files.context), "<i4").astype(np.int64))
         try:
-            image = _decoded(stored, records.mode[i], (int(records.width[i]), int(records.height[i])))
-        except (Rejected, ValueError):
-            raise UserError(f"{files.named(row)}: its image cannot be decoded; prepare the file again") from None
-        caption = readable(tokens[1 : int(tokens.argmax())], config.data.tokenizer)
+            image, tokens = _stored(files, records, i)
+            caption = readable(tokens, config.data.tokenizer)
+        except Rejected as rejected:
+            raise DataError(f"{files.named(row)}: {rejected}; prepare the file again") from None
         samples.append(LabelledSample(files.keys([row])[0], image, caption, {}))
     return samples
 
 
-def _decoded(stored: bytes, mode: int, size: tuple[int, int]) -> Image.Image:
-    return decode_rgb(stored) if mode == MODE_JPEG else Image.frombytes("RGB", size, stored)
+def _stored(files: BetonSet, records: Records, i: int) -> tuple[Image.Image, Tensor]:
+    """Image and caption, int64 [context], of the i-th record. Raises Rejected."""
+    if records.size[i] == 0 or records.caption[i] < 0:
+        raise Rejected("image or caption outside the file's data")
+    with files.files[records.file[i]].path.open("rb") as file:
+        file.seek(records.start[i])
+        stored = file.read(records.size[i])
+        file.seek(records.caption[i])
+        tokens = torch.from_numpy(np.frombuffer(file.read(4 * files.context), "<i4").astype(np.int64))
+    if records.mode[i] == MODE_JPEG:
+        return decode_rgb(stored), tokens
+    try:
+        return Image.frombytes("RGB", (int(records.width[i]), int(records.height[i])), stored), tokens
+    except ValueError:
+        raise Rejected("image truncated or corrupt") from None
 
 
 def _first_of_tars(sources: list[str], count: int) -> list[LabelledSample]:
     samples = []
-    for sample in islice(read_shard(expand_sources(sources)[0]), count):
-        with suppress(Rejected):
-            samples.append(LabelledSample(sample.key, decode_rgb(sample.image()), sample.captions()[0], {}))
+    with suppress(ShardDamaged):  # what lies before the damage can be shown
+        for sample in islice(read_shard(expand_sources(sources)[0]), count):
+            with suppress(Rejected):
+                samples.append(LabelledSample(sample.key, decode_rgb(sample.image()), sample.captions()[0], {}))
     if not samples:
         raise UserError(f"{sources[0]}: none of its first samples can be read")
     return samples
@@ -199,9 +219,9 @@ def displayable(images: Tensor, config: RunConfig) -> np.ndarray:
 
 
 def readable(tokens: Tensor, tokenizer: str) -> str:
-    """Token ids to text, without the spaces that the tokenizer puts before commas. tokens: int64 [n], words only."""
-    ended = np.append(tokens.numpy(), np.iinfo(np.int64).max)  # `text_of` reads up to the largest id, which is the end
-    return re.sub(r" ([,.;:!?])", r"\1", text_of(ended, tokenizer))
+    """Token ids to text, without the spaces that the tokenizer puts before commas. tokens: int64 [n], up to the end
+    token where there is one. Raises Rejected where the tokenizer does not know an id."""
+    return re.sub(r" ([,.;:!?])", r"\1", text_of(tokens.numpy(), tokenizer))
 
 
 def licence_note(sources: list[str]) -> str:

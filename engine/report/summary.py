@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 
 from torch import nn
 
 from ..config import dump_config
+from ..evaluated import known_metrics
 from ..nested import dotted
 from .curves import number, objective_name, series
 from .markup import Child, Markup, foreign, run_name, tag
@@ -73,14 +75,23 @@ def table(head: tuple[Child, ...], rows: list[list[Markup]]) -> Markup:
 
 
 def status(run: Run) -> str:
-    """Whether it came to its end."""
-    if list(run.folder.glob("diverged-rank-*.json")):
-        return "diverged: its loss was not finite"
+    """Whether it came to its end. A run that went back and came past the step where it had diverged is well."""
+    if run.finished:
+        return "finished"
+    if (step := diverged_at(run.folder)) is not None and run.steps <= step:
+        return "diverged: its loss or gradient was not finite"
     if not run.log:
         return "nothing logged yet"
     if run.total_steps is None:
-        return "length unknown: its training data are gone"
+        counted = run.config.data.loader == "webdataset"
+        return f"length unknown: {'data.samples is not set' if counted else 'its training data are gone'}"
     return "finished" if run.steps >= run.total_steps else f"{100 * run.steps / run.total_steps:.0f} % done"
+
+
+def diverged_at(folder: Path) -> float | None:
+    """The last step at which a run diverged, from what its ranks have written of that; None if it never did."""
+    reports = map(known_metrics, folder.glob("diverged-rank-*.json"))
+    return max((report.get("step", math.inf) for report in reports), default=None)
 
 
 def progress(run: Run) -> dict[str, str]:

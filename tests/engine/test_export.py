@@ -71,6 +71,21 @@ def test_timm_gives_the_same_features(run: Path, images: torch.Tensor, tmp_path:
         torch.testing.assert_close(theirs(images), expected[:, 0], **TOLERANCE)
 
 
+@pytest.mark.parametrize("place", ["out", "out.safetensors"])
+def test_the_cards_code_works_as_it_stands(
+    tiny: dict, images: torch.Tensor, picture: Callable, tmp_path: Path, place: str
+) -> None:
+    tiny["data"]["augment"] = {"mean": [0.4, 0.5, 0.6]}
+    run = save_run(tmp_path / "run", tiny)
+    file = export(run, "timm", tmp_path / place)
+    card = file.with_suffix(".md") if place == file.name else file.parent / "README.md"
+    names: dict[str, Any] = {"images": images}
+    exec(card.read_text().split("```python")[1].split("```")[0], names)
+    assert names["features"].shape == (3, 32)
+    config = load_run(run).config
+    torch.testing.assert_close(names["transform"](picture(1, 40, 97)), pixels(picture(1, 40, 97), config))
+
+
 @torch.inference_mode()
 def test_a_named_size_needs_no_arguments(tiny: dict, tmp_path: Path) -> None:
     tiny["model"]["image"] = {"name": "ViT-Ti/16"}
@@ -193,7 +208,8 @@ def test_evaluate_takes_an_export(
         assert json.loads((tmp_path / form / "metrics.json").read_text()) == found
     card = (tmp_path / "timm" / "README.md").read_text()
     top1 = f"{100 * expected['knn']['top1']:.2f}"
-    assert f"| knn top1 | {top1} | set.tar; learned from set.tar; step-00001200 |" in card
+    assert f"| knn top1 | {top1} | 50.00 | set.tar; learned from set.tar; step-00001200 |" in card
+    assert "chance top1" not in card
     assert "not chosen yet" in card and "| optimizer steps | 1,200 |" in card and str(tmp_path) not in (
         card.replace(str(tmp_path / "timm"), "")
     )  # fmt: skip
@@ -208,6 +224,41 @@ def test_the_card_names_folders_of_any_name(run: Path, tmp_path: Path) -> None:
     file = export(run, "timm", tmp_path / "FILES of a FOLDER")
     card = (file.parent / "README.md").read_text()
     assert f'timm.create_model("local-dir:{file.parent}", pretrained=True)' in card and f'file="{file}"' in card
+
+
+@pytest.mark.parametrize(("source", "name"), [
+    ("data/cc3m.beton", "cc3m.beton"),
+    ("https://me:secret@host/folder/{00..99}.tar?token=secret#secret", "{00..99}.tar"),
+    ("s3://secret@bucket", "an address"),
+    ("https://me:sec#ret@host/a.tar", "an address"),
+    ("zip://a.tar::https://me:secret@host/b.zip?to=https://host/secret", "b.zip"),
+    ("pipe:curl -H 'Key: secret' https://host/a.tar", "a command"),
+])  # fmt: skip
+def test_data_are_named_without_what_is_secret(tiny: dict, tmp_path: Path, source: str, name: str) -> None:
+    tiny["data"] |= {"train": [source], "loader": "webdataset"}
+    run = save_run(tmp_path / "run", tiny)
+    file = export(run, "safetensors", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| data | {name} |" in card and "secret" not in card
+    assert load_exported(file)[0].data.train == [name] and b"secret" not in file.read_bytes()
+
+
+def test_a_file_is_written_over_an_earlier_export_only(tiny: dict, tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", tiny)
+    for name in ("x.safetensors", "x.md", "x.json"):
+        (tmp_path / name).write_bytes(b"of somebody else")
+        with pytest.raises(UserError, match=rf"{name}: is there already and not of an earlier export"):
+            export(run, "timm", tmp_path / "x.safetensors")
+        assert (tmp_path / name).read_bytes() == b"of somebody else"
+        (tmp_path / name).unlink()
+    export(run, "safetensors", tmp_path / "x.safetensors")
+    (tmp_path / "x.json").write_text("of somebody else")  # such an export has none
+    with pytest.raises(UserError, match=r"x.json: is there already"):
+        export(run, "timm", tmp_path / "x.safetensors")
+    (tmp_path / "x.json").unlink()
+    for _ in range(2):
+        export(run, "timm", tmp_path / "x.safetensors")
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_the_commands(run: Path, tar: Callable, picture: Callable, encoded: Callable, tmp_path: Path) -> None:

@@ -235,6 +235,15 @@ def test_a_record_that_points_nowhere_is_named(beton: Path, tmp_path: Path) -> N
         next(loader.epoch(0))
 
 
+@pytest.mark.parametrize("reading", ["page_cache", "direct"])
+def test_a_token_that_the_model_does_not_know_is_named(beton: Path, reading: str) -> None:
+    largest = 1000 * (SAMPLES - 1) + CONTEXT - 1
+    assert len(batches(beton, batch_size=26, reading=reading, vocabulary=largest + 1)) == 1
+    message = rf"sample 25 \(key 'shard/025'\): its caption has the token id {largest}, the text tower knows {largest}:"
+    with pytest.raises(DataError, match=message):
+        batches(beton, batch_size=26, reading=reading, vocabulary=largest)
+
+
 def raises_in_time(epoch: Iterator[RawBatch], message: str) -> None:
     start = time.monotonic()
     with pytest.raises(DataError, match=message):

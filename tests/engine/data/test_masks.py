@@ -39,6 +39,11 @@ def test_ade20ks_parts(tmp_path: Path, picture: Callable) -> None:
         save(tmp_path / "annotations" / part / f"{name}.png", mask(20, 10))
     assert [pair.image.stem for pair in find_masked(tmp_path, "training")] == ["t"]
     assert [pair.image.stem for pair in find_masked(tmp_path, "validation")] == ["v"]
+    for part in ("training", "validation"):
+        (tmp_path / "images" / part).rename(tmp_path / "elsewhere")
+        with pytest.raises(DataError, match=f"images/{part}: no such folder, though there is one called "):
+            find_masked(tmp_path, part)
+        (tmp_path / "elsewhere").rename(tmp_path / "images" / part)
 
 
 def test_mistakes_are_named(tmp_path: Path, picture: Callable) -> None:

@@ -1,5 +1,6 @@
 """Every kind of labelled set, read as one stream."""
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,30 @@ def test_a_damaged_beton_gives_what_it_has(tar: Callable, pairs: Callable, tmp_p
     assert found == [("picture number 0",), ("picture number 4",)]
     reason = "image or caption outside the file's data"
     assert left_out.lines() == [f"left out: {path}: 00000{i}: {reason}" for i in (1, 2, 3)]
+
+
+def test_captions_of_another_tokenizer_are_left_out(tar: Callable, pairs: Callable, tmp_path: Path) -> None:
+    merges = tmp_path / "merges.txt.gz"
+    merges.write_bytes(gzip.compress(b"#version\nt h\n"))
+    path = tmp_path / "set.beton"
+    prepare(tar("a.tar", pairs(2)), path, context=16, workers=1, progress=False)
+    left_out = LeftOut()
+    pictures = open_pictures([str(path)], Reading(tokenizer=str(merges)))
+    assert list(decoded(pictures.read(), np.asarray, 1, left_out)) == []
+    reason = "caption with token ids that the tokenizer (data.tokenizer) does not know"
+    assert left_out.lines() == [f"left out: {path}: 00000{i}: {reason}" for i in (0, 1)]
+
+
+def test_images_in_a_table_are_no_labels(tmp_path: Path, encoded: Callable, picture: Callable) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    files = [encoded(picture(i)) for i in range(2)]
+    images = [{"bytes": data, "path": f"{i}.jpg"} for i, data in enumerate(files)]
+    columns = {"image": images, "text": ["a", "b"], "thumbnail": files, "kind": ["x", "y"]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "set.parquet")
+    found = listed(open_pictures([str(tmp_path / "set.parquet")], HOW))
+    assert found == [(("a",), {"text": "a", "kind": "x"}), (("b",), {"text": "b", "kind": "y"})]
 
 
 def test_what_cannot_be_decoded_is_named(classes: Path) -> None:

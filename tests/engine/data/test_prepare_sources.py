@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harmony_fast.engine.data import assemble
+from harmony_fast.engine.config import parse_config
+from harmony_fast.engine.data import assemble, ensure_data
 from harmony_fast.engine.data.assemble import first_occurrences
 from harmony_fast.engine.data.beton import open_beton
 from harmony_fast.engine.data.prepare import Summary, prepare
@@ -200,6 +201,19 @@ def test_images_inside_a_parquet_file(jpegs: list[bytes], tmp_path: Path) -> Non
     summary = run(write_table(tmp_path / "hf.parquet", ["image", "captions"], rows), tmp_path / "x.beton")
     assert images(summary.path) == jpegs
     assert captions(summary.path)["000000007"] == tokens("number 7")
+
+
+def test_training_data_are_made_as_they_are_read(tiny: dict, tar: Callable, pairs: Callable, tmp_path: Path) -> None:
+    merges = tmp_path / "merges.txt.gz"
+    merges.write_bytes(gzip.compress(b"#version\nt h\n"))
+    files = [pairs(1)[0], ("000000.json", b'["the first", "another"]')]
+    tiny["data"] |= {
+        "train": str(tmp_path / "x.beton"), "prepare_from": [str(tar("a.tar", files))], "tokenizer": str(merges),
+        "captions": "all",
+    }  # fmt: skip
+    ensure_data(parse_config(tiny, "test"))
+    expected = [tokenize(text, 16, str(merges))[0].tolist() for text in ("the first", "another")]
+    assert captions(tmp_path / "x.beton") == {"000000": expected}
 
 
 def test_what_img2dataset_writes_beside_the_tars(tar: Callable, pairs: Callable, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The streaming loader: same interface and crops as the other, exact resume, and the net at its worst."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from harmony_fast.engine.data.batch import RawBatch
 from harmony_fast.engine.data.loader import Loader
 from harmony_fast.engine.data.prepare import prepare
 from harmony_fast.engine.data.remote import Cache
+from harmony_fast.engine.data.samples import ShardDamaged
+from harmony_fast.engine.data.shards import read_any
 from harmony_fast.engine.data.webdataset_loader import PLACE_BITS, WebdatasetLoader
 from harmony_fast.engine.errors import DataError
 from harmony_fast.harmony.views import ViewsConfig
@@ -126,6 +129,44 @@ def test_bad_samples_are_replaced_the_same_way_when_resuming(
     for start in range(1, 6):
         assert all_same(batches(shards, start_step=start, batch_size=4), whole[start:])
     assert "left out so far" in caplog.text and "image truncated or corrupt" in caplog.text
+
+
+def test_a_bad_sample_is_counted_once(tar: Callable, pairs: Callable) -> None:
+    """Also where it was looked at before its turn, to replace one of the batch before."""
+    files = pairs(12)
+    for bad in range(2, 9):
+        name, data = files[2 * bad]
+        files[2 * bad] = name, b"no image" if bad % 2 else data[: len(data) // 2]
+    with WebdatasetLoader([tar("a.tar", files)], VIEWS, **{**OPTIONS, "batch_size": 2}) as loader:
+        assert len(list(loader.epoch(0))) == 6
+        assert loader.left_out == {"image truncated or corrupt": 4, "image not readable": 3}
+
+
+def test_a_token_that_the_model_does_not_know_is_named(shards: list[Path]) -> None:
+    assert len(batches(shards, vocabulary=49408)) == 3
+    with pytest.raises(DataError, match=r"sample '\d+' of .*\.tar: its caption has the token id \d+, .* knows 49406"):
+        batches(shards, vocabulary=49406)
+
+
+def test_a_compressed_shard_is_judged_without_going_back(
+    tar: Callable, pairs: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unpacking goes back by starting again, which a stream cannot."""
+    seek = gzip.GzipFile.seek
+
+    def forward(self: gzip.GzipFile, place: int, whence: int = 0) -> int:
+        assert whence == 1 or place >= self.tell()  # `tell` itself is one of the first kind
+        return seek(self, place, whence)
+
+    monkeypatch.setattr(gzip.GzipFile, "seek", forward)
+    content = tar("a.tar", pairs(12)).read_bytes()
+    whole, broken = tmp_path / "whole.tar.gz", tmp_path / "broken.tar.gz"
+    whole.write_bytes(gzip.compress(content, 1))
+    place = content.index(b"000009.jpg")
+    broken.write_bytes(gzip.compress(content[:place] + b"\xff" * 200 + content[place + 200 :], 1))
+    assert [sample.key for sample in read_any(f"pipe:cat {whole}", None)] == [f"{i:06d}" for i in range(12)]
+    with pytest.raises(ShardDamaged, match="no end of archive"):
+        list(read_any(f"pipe:cat {broken}", None))
 
 
 def test_images_none_of_which_can_be_decoded_end_the_epoch(

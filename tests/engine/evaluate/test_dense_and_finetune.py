@@ -1,6 +1,7 @@
 """Segmentation and finetuning: scores as torchmetrics', and training that learns what there is to learn."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +127,12 @@ def test_segmentation_mistakes_are_named(run: Path, scenes: Path, settings: list
         evaluate_run(run, ["segmentation"], [*SMALL, f"evaluate.data={scenes}", *settings])
 
 
+def test_images_to_learn_from_are_not_tested_on(run: Path, scenes: Path) -> None:
+    shutil.rmtree(scenes / "images" / "validation")
+    with pytest.raises(UserError, match=r"images/validation: no such folder, though there is one called training"):
+        evaluate_run(run, ["segmentation"], [*SMALL, f"evaluate.data={scenes}"])
+
+
 def test_a_class_that_was_not_learned_is_named(run: Path, scenes: Path) -> None:
     _, mask = halves(9)
     Image.fromarray(np.asarray(mask) + 3).save(scenes / "annotations" / "validation" / "9.png")
@@ -155,7 +162,7 @@ def test_finetuning_learns_two_colours(run: Path, colours: Path) -> None:
     ]  # fmt: skip
     assert evaluate_run(run, ["finetune"], settings)["finetune"]["top1"] > 0.9
     plain = [*settings, "evaluate.finetune.mixup=0", "evaluate.finetune.cutmix=0", "evaluate.finetune.epochs=1"]
-    assert evaluate_run(run, ["finetune"], plain)["finetune"].keys() == {"top1", "top5"}
+    assert evaluate_run(run, ["finetune"], plain)["finetune"].keys() == {"top1", "top5", "chance"}
     with pytest.raises(UserError, match=r"diverged: lower evaluate.finetune.lr"):
         evaluate_run(run, ["finetune"], [*plain, "evaluate.finetune.lr=1e30", "evaluate.finetune.warmup_epochs=0"])
     (colours / "train" / "red" / "0.png").write_bytes(b"broken")

@@ -1,5 +1,6 @@
 """Tasks that learn from labelled samples, and prompts, against scikit-learn, torchmetrics and open_clip."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from harmony_fast.engine.evaluate.few_shot import draw, few_shot, logistic_regre
 from harmony_fast.engine.evaluate.knn import TEMPERATURE, knn
 from harmony_fast.engine.evaluate.linear import linear, train_probe
 from harmony_fast.engine.evaluate.retrieval import retrieval
+from harmony_fast.engine.evaluate.share import Share
 from harmony_fast.engine.evaluate.zero_shot import class_weights, prompts
 from harmony_fast.engine.evaluate_config import FewShotConfig, LinearConfig
 from hypothesis import given, settings
@@ -163,6 +165,15 @@ def test_the_linear_probe_chooses_a_rate_that_learns() -> None:
     result = linear(bank, known, queries, truth, config, CPU)
     assert result["lr"] == "0.1" and result["top1"] == result["top1_by_lr"]["0.1"] > 0.95
     assert result["top1"] <= result["top5"] == 1.0
+    shown: list[str] = []
+
+    class Watched(Share):
+        def shown(self, items: Iterable, what: str, total: int | None) -> Iterator:
+            shown.append(what)
+            return iter(items)
+
+    linear(bank, known, queries, truth, config, CPU, Watched(1, 2))
+    assert shown == ["training probes"]  # by the rank's own share, which knows whether to show it
     with pytest.raises(UserError, match="at least 20 labelled samples, the bank has 8"):
         linear(bank[:8], known[:8], queries, truth, config, CPU)
 

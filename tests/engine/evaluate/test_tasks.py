@@ -1,6 +1,7 @@
 """The evaluation tasks against independent implementations on the same features."""
 
 import json
+import math
 import shutil
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,14 +15,15 @@ from harmony_fast.engine.config import dump_config, parse_config
 from harmony_fast.engine.data.pictures import Picture, PictureSet
 from harmony_fast.engine.errors import UserError
 from harmony_fast.engine.evaluate import evaluate_run, load_towers
+from harmony_fast.engine.evaluate.chance import agreement, with_levels
 from harmony_fast.engine.evaluate.features import extract, finite
 from harmony_fast.engine.evaluate.knn import TEMPERATURE, knn
-from harmony_fast.engine.evaluate.ranking import ranks_of_best, same
+from harmony_fast.engine.evaluate.ranking import chance_within, ranks_of_best
 from harmony_fast.engine.evaluate.retrieval import retrieval
 from harmony_fast.engine.evaluate.share import ALONE, Share
 from harmony_fast.engine.evaluate.zero_shot import class_weights, zero_shot
 from harmony_fast.harmony.model import Harmony
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import top_k_accuracy_score
@@ -38,7 +40,7 @@ def test_zero_shot_is_scikit_learns_top_k(n: int, seed: int) -> None:
     classes = [f"class {i}" for i in range(12)]
     images, weights = unit(n, 8, seed=seed), unit(12, 8, seed=seed + 100)
     truth = np.arange(n) % 12
-    ours = zero_shot(images, weights, [classes[t] for t in truth], classes)
+    ours = zero_shot(images, weights, [classes[t] for t in truth], {name: name for name in classes})
     scores = (images @ weights.T).numpy()
     for k in (1, 5, 10):
         assert ours[f"top{k}"] == pytest.approx(top_k_accuracy_score(truth, scores, k=k, labels=range(12)))
@@ -69,7 +71,8 @@ def test_a_collapsed_model_scores_nothing() -> None:
     """Equal scores everywhere must rank last, not first."""
     same_everywhere = torch.ones(20, 4) / 2
     names = [str(i) for i in range(20)]
-    assert set(zero_shot(same_everywhere, same_everywhere, names, names).values()) == {0}
+    found = zero_shot(same_everywhere, same_everywhere, names, {name: name for name in names})
+    assert {found[name] for name in found if name != "chance"} == {0}
     assert retrieval(same_everywhere, same_everywhere, names)["image_to_text"] == {"r1": 0, "r5": 0, "r10": 0}
     with pytest.raises(UserError, match="not finite"):
         finite(torch.tensor([1.0, float("nan")]), "features")
@@ -77,7 +80,42 @@ def test_a_collapsed_model_scores_nothing() -> None:
 
 def test_equal_captions_answer_each_other() -> None:
     scores = torch.tensor([[0.1, 0.9, 0.5], [0.2, 0.3, 0.4], [0.9, 0.1, 0.2]])
-    assert ranks_of_best(scores, same(["a", "a", "b"], ["a", "a", "b"])).tolist() == [0, 1, 1]
+    right = torch.tensor([[True, True, False], [True, True, False], [False, False, True]])
+    assert ranks_of_best(scores, right).tolist() == [0, 1, 1]
+
+
+def test_of_classes_with_one_name_the_first_is_found() -> None:
+    names = {"n1": "missile", "n2": "cat", "n3": "missile"}
+    weights = normalize(torch.tensor([[1.0, 0.1], [0.1, 1.0]]), dim=-1)  # of missile and cat
+    images = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    for label, image, top1 in (("n1", 0, 1), ("n2", 1, 1), ("n3", 2, 0)):
+        found = zero_shot(images[image : image + 1], weights, [label], names)
+        assert (found["top1"], found["top5"]) == (top1, 1)
+    found = zero_shot(images, weights, list(names), names)
+    assert (found["top1"], found["mean_per_class"]) == pytest.approx((2 / 3, 2 / 3))
+    assert found["chance"] == {"top1": 1 / 3, "top5": 1, "top10": 1, "mean_per_class": 1 / 3}
+
+
+@given(of=st.integers(1, 30), right=st.lists(st.integers(0, 30), min_size=1, max_size=4), k=st.integers(1, 12))
+@example(of=5, right=[0, 5], k=10)
+def test_chance_of_a_random_order(of: int, right: list[int], k: int) -> None:
+    right = [min(count, of) for count in right]
+    drawn = min(k, of)
+    missed = [math.comb(of - count, drawn) / math.comb(of, drawn) for count in right]
+    assert chance_within(torch.tensor(right), of, k) == pytest.approx(1 - sum(missed) / len(missed))
+
+
+def test_what_guessing_would_score() -> None:
+    images, texts = unit(4, 8, seed=0), unit(6, 8, seed=1)
+    captions, owners = ["one", "two", "one", "three", "four", "five"], [0, 0, 1, 2, 3, 3]
+    chance = retrieval(images, texts, captions, owners)["chance"]
+    assert chance["image_to_text"]["r1"] == pytest.approx((3 + 2 + 1 + 2) / 4 / 6)  # image 0 is right with both "one"
+    assert chance["text_to_image"]["r1"] == pytest.approx((2 + 1 + 2 + 1 + 1 + 1) / 6 / 4)
+    own = retrieval(images, texts, captions, owners, own_only=True)["chance"]
+    assert own["image_to_text"]["r1"] == pytest.approx(6 / 4 / 6) and own["text_to_image"]["r1"] == 1 / 4
+    assert agreement(["a", "a", "b"], ["a", "c"]) == pytest.approx(1 / 3)
+    metrics = {"knn": {"k5": {"top1": 0.5}, "lr": "1", "chance": {"top1": 0.1}}, "retrieval": {"a": {"r1": 0.2}}}
+    assert [*with_levels(metrics)] == [("knn/k5/top1", 0.5, 0.1), ("knn/lr", "1", None), ("retrieval/a/r1", 0.2, None)]
 
 
 def test_prompts_are_averaged() -> None:
@@ -116,10 +154,13 @@ def test_metrics_have_the_promised_shape(run_folder: Path) -> None:
     evaluate_run(run_folder, [], [])
     metrics = json.loads((run_folder / "metrics.json").read_text())
     recalls = {"r1", "r5", "r10"}
-    assert metrics["zero_shot"].keys() == {"top1", "top5", "top10", "mean_per_class"}
-    assert metrics["retrieval"].keys() == {"image_to_text", "text_to_image"}
+    assert metrics["zero_shot"].keys() - {"chance"} == {"top1", "top5", "top10", "mean_per_class"}
+    directions = metrics["retrieval"].pop("chance").keys()
+    assert metrics["retrieval"].keys() == directions == {"image_to_text", "text_to_image"}
     assert all(direction.keys() == recalls for direction in metrics["retrieval"].values())
-    assert metrics["knn"].keys() == {"top1"}
+    assert metrics["knn"].keys() == {"top1", "chance"}
+    assert metrics["zero_shot"]["chance"]["top1"] == 1 / 12
+    assert metrics["knn"]["chance"] == {"top1": pytest.approx(1 / 3)}
     # every query is its own nearest neighbour in the bank
     assert evaluate_run(run_folder, ["knn"], ["evaluate.neighbours=1"])["knn"]["top1"] == 1.0
     assert json.loads((run_folder / "metrics.json").read_text()).keys() == {"zero_shot", "retrieval", "knn"}
@@ -183,9 +224,9 @@ def test_folders_of_classes_serve_every_task(
         "evaluate.few_shot.shots=[1, 2]",
     ]  # fmt: skip
     metrics = evaluate_run(run_folder, ["zero-shot", "knn", "linear", "few-shot"], settings)
-    assert metrics["zero_shot"].keys() == {"top1", "top5", "top10", "mean_per_class"}
-    assert metrics["knn"].keys() == {"k3", "k5"} and metrics["few_shot"].keys() == {"k1", "k2"}
-    assert metrics["linear"].keys() == {"top1", "top5", "lr", "top1_by_lr"}
+    assert metrics["zero_shot"].keys() - {"chance"} == {"top1", "top5", "top10", "mean_per_class"}
+    assert metrics["knn"].keys() == {"k3", "k5", "chance"} and metrics["few_shot"].keys() == {"k1", "k2", "chance"}
+    assert metrics["linear"].keys() == {"top1", "top5", "lr", "top1_by_lr", "chance"}
     said = capsys.readouterr()
     assert f"left out: {folders / 'test' / 'n1' / '0.png'}: image not readable" in said.err
     assert "few_shot" in said.out and "k2 top1" in said.out

@@ -121,17 +121,17 @@ def test_the_same_run_gives_the_same_page(full: Path) -> None:
 def test_metrics_are_shown_with_the_level_of_guessing(full: Path) -> None:
     metrics = {
         "zero_shot": {"top1": 0.25, "top10": 1.0, "classes": 10},
-        "retrieval": {"image_to_text": {"r1": 0.5}},
-        "knn": {"top1": 0.375, "chance": {"top1": 0.125}},
+        "retrieval": {"image_to_text": {"r1": 0.5}, "chance": {"image_to_text": {"r1": 0.1}}},
+        "knn": {"k5": {"top1": 0.375}, "chance": {"top1": 0.125}},
     }
     (full / "metrics.json").write_text(json.dumps(metrics))
     try:
         text = Page(write_report(full)).parts["metrics"]
     finally:
         (full / "metrics.json").unlink()
-    assert "25.0 %top-12.5 × chance (10.0 %)" in text  # ten classes
-    assert "37.5 %top-13 × chance (12.5 %)" in text  # as the file says
-    assert "50.0 %recall@1" in text
+    assert "25.0 %top-1100.0 %top-10" in text  # the file does not say
+    assert "37.5 %top-13 × chance (12.5 %)" in text
+    assert "50.0 %recall@15 × chance (10.0 %)" in text
     assert "classes" not in text
 
 
