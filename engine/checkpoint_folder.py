@@ -33,7 +33,7 @@ class CheckpointFolder:
 
     def begin(self, step: int) -> Path:
         """An empty folder to write into; what an interrupted process left of another one goes."""
-        for old in self.path.glob(".step-*.incomplete"):
+        for old in self.path.glob(".step-*"):  # incomplete, or in the form that `resharding` reads
             shutil.rmtree(old, ignore_errors=True)
         temporary = self.temporary(step)
         temporary.mkdir(parents=True)

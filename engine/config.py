@@ -151,7 +151,8 @@ class RunConfig(MethodConfig):
     """auto: the fastest settings that fit the memory found, as `harmony-fast plan` chooses them, in place of those of
     micro-batch, passes, checkpointing, ZeRO stage, optimizer states and offload; or as if there were so much: 20GiB."""
     tf32: bool = True
-    """On GPUs with `precision: fp32`: products with TensorFloat-32's ten bits of fraction, several times faster."""
+    """On GPUs with `precision: fp32`: products with TensorFloat-32's ten bits of fraction, several times faster. With
+    half precision, the little that is computed in fp32 (the contrast's logits) is so to the full."""
     compile: bool = False
     """torch.compile for the transformer blocks, meant for GPUs: it fuses what lies between the products. The first step
     takes a minute or so longer. Not in ZeRO stage 3."""

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.autograd.function import FunctionCtx
 
 from ..harmony.objectives import Collectives
 from .errors import StartAgain, UserError
-from .stopping import SIGNALS
+from .stopping import BEGAN, SIGNALS
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import RunProcsResult
@@ -37,7 +38,8 @@ class Ranks(Collectives):
 
     def __init__(self) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        local_size = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))  # torchrun's, deepspeed's
+        self.local_size = int(local_size or self.world_size)
         """Ranks of this machine"""
         local = int(os.environ.get("LOCAL_RANK", 0))
         self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
@@ -60,6 +62,15 @@ class Ranks(Collectives):
         total = x.detach().clone()
         dist.all_reduce(total)
         return total
+
+    def stack(self, x: Tensor) -> Tensor:
+        """All ranks' tensors [n] of one size, on the device or all on the host: [world_size, n], without gradient."""
+        x = x.detach().contiguous()
+        if self.world_size == 1:
+            return x[None]
+        everything = x.new_empty(self.world_size, x.numel())
+        dist.all_gather_into_tensor(everything.view(-1), x, group=None if x.is_cuda else self._host)
+        return everything
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
@@ -177,8 +188,9 @@ def launch(ranks: int, arguments: list[str]) -> None:
     if torch.cuda.is_available() and ranks > torch.cuda.device_count():
         raise UserError(f"{ranks} GPUs asked for, {torch.cuda.device_count()} found")
     _end_with_launcher()
+    began = time.monotonic()
     while True:
-        result = _run_ranks(ranks, arguments)
+        result = _run_ranks(ranks, arguments, began)
         if result is not None and not result.is_failed():
             return
         failures = list(result.failures.values()) if result else []
@@ -189,47 +201,53 @@ def launch(ranks: int, arguments: list[str]) -> None:
             raise UserError(f"{which} of {ranks} ended with exit status {status}; its message is above")
 
 
-def _run_ranks(ranks: int, arguments: list[str]) -> RunProcsResult | None:
-    """One start of all ranks; returns when all have ended."""
+def _run_ranks(ranks: int, arguments: list[str], began: float) -> RunProcsResult | None:
+    """One start of all ranks; returns when all have ended. began: when the first start was."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
-    with tempfile.TemporaryDirectory(prefix="harmony-fast-") as folder:
+    with tempfile.TemporaryDirectory(prefix="harmony-fast-") as folder, _same_handlers_afterwards():
         context = start_processes(
             name="rank",
             entrypoint=sys.executable,
             args={rank: ("-m", "harmony_fast.engine.cli", *arguments) for rank in range(ranks)},
-            envs={rank: _environment(rank, ranks, Path(folder)) for rank in range(ranks)},
+            envs={rank: _environment(rank, ranks, Path(folder), began) for rank in range(ranks)},
             logs_specs=DefaultLogsSpecs(log_dir=str(Path(folder) / "logs")),
         )
-        with _passing_signals_to(context.pids()):
-            try:
-                return context.wait()
-            finally:
-                context.close()
+        _pass_signals_to(context.pids())
+        try:
+            return context.wait()
+        finally:
+            context.close()
 
 
 @contextmanager
-def _passing_signals_to(pids: dict[int, int]) -> Iterator[None]:
-    """What asks this process to stop reaches the ranks, which are sessions of their own."""
+def _same_handlers_afterwards() -> Iterator[None]:
+    """Signals are handled afterwards as they are now: torch's `start_processes` has handlers of its own."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _pass_signals_to(pids: dict[int, int]) -> None:
+    """From now on, what asks this process to stop reaches the ranks, which are sessions of their own."""
 
     def forward(number: int, _frame: object) -> None:
         for pid in pids.values():
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    previous = {number: signal.signal(number, forward) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    for number in SIGNALS:
+        signal.signal(number, forward)
 
 
-def _environment(rank: int, ranks: int, folder: Path) -> dict[str, str]:
+def _environment(rank: int, ranks: int, folder: Path, began: float) -> dict[str, str]:
     threads = max(len(os.sched_getaffinity(0)) // ranks, 1)
     return {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-        STORE: str(folder / "store"), LAUNCHER: str(os.getpid()),
+        STORE: str(folder / "store"), LAUNCHER: str(os.getpid()), BEGAN: str(began),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
     }  # fmt: skip

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
 
 OPTIONAL = {
-    "xformers": "only for kernels.attention=xformers: pip install 'harmony-fast[gpu]'",
+    "xformers": "only for kernels.attention=xformers: pip install xformers",
 }
 LIBRARIES = {"opencv_imgproc": "libopencv-dev", "turbojpeg": "libturbojpeg0-dev"}
 COLOURS = {"ok": "green", "missing": "yellow", "broken": "bold red"}
@@ -119,10 +119,7 @@ def _processor() -> Iterator[Finding]:
 def _gpus() -> Iterator[Finding]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            free, total = torch.cuda.mem_get_info(index)
-            detail = f"{properties.name}, capability {properties.major}.{properties.minor}, "
-            yield Finding("GPU", f"cuda:{index}", "ok", f"{detail}{free / GIB:.1f} of {total / GIB:.1f} GiB free")
+            yield _gpu(index)
         return
     if torch.version.cuda is None and torch.version.hip is None:
         cure = "this torch is built for the CPU; for a GPU install torch from PyPI, or the build for your system"
@@ -132,6 +129,17 @@ def _gpus() -> Iterator[Finding]:
     else:
         cure = "for training on a GPU install its driver"
     yield Finding("GPU", "cuda", "missing", "none that torch can use; everything runs on the CPU", cure)
+
+
+def _gpu(index: int) -> Finding:
+    try:
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+    except RuntimeError as error:  # in use by somebody who shares it with nobody, out of memory, out of order
+        reason = " ".join(str(error).split())[:200]
+        return Finding("GPU", f"cuda:{index}", "broken", reason, "see nvidia-smi; CUDA_VISIBLE_DEVICES leaves it out")
+    detail = f"{properties.name}, capability {properties.major}.{properties.minor}, "
+    return Finding("GPU", f"cuda:{index}", "ok", f"{detail}{free / GIB:.1f} of {total / GIB:.1f} GiB free")
 
 
 def _packages() -> Iterator[Finding]:

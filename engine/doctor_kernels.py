@@ -34,7 +34,7 @@ class Check(NamedTuple):
 def check_kernels() -> Iterator[Check]:
     """All kernels on the CPU in fp32 and on each GPU in bf16."""
     yield from _check_device(torch.device("cpu"), torch.float32)
-    for index in range(torch.cuda.device_count()):
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         yield from _check_device(torch.device("cuda", index), torch.bfloat16)
 
 

@@ -22,6 +22,7 @@ from .data.batch import RawBatch
 from .data.views import StepViews
 from .distributed import Ranks, join, launch
 from .ema import ShardedEma
+from .errors import UserError
 from .live_bytes import LiveBytes
 from .memory import imagined_samples
 from .rates import Rates
@@ -58,23 +59,28 @@ def answer(out: Path, config: Path | None) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of a GPU or of the host."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """Whether memory ran out, of a GPU or of the host: libraries on the GPU say so in words alone."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 
 def measure_steps(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     """Three steps on noise: bytes of tensors at the fullest moment of the second, seconds of the third.
 
     Of several ranks the most. On a GPU also what the allocator reserved and what CUDA takes beside it. If memory runs
-    out: {"out_of_memory": true}.
+    out: {"out_of_memory": true}; on several ranks, which would wait for one that has failed, a UserError.
     """
     config = settle_precision(config, has_bf16(ranks.device))
     use_backends(config, ranks.device)
     try:
         found = _steps(config, ranks)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or ranks.world_size > 1:  # the others would wait for this one
+        if not is_out_of_memory(error):
             raise
+        if ranks.world_size > 1:
+            raise UserError(
+                f"memory ran out on rank {ranks.rank}; is the card shared, or smaller than asked?"
+            ) from None
         return {"out_of_memory": True}
     values = torch.tensor(list(found.values()), dtype=torch.float64)
     return dict(zip(found, ranks.most(values).tolist(), strict=True))
@@ -89,14 +95,20 @@ def _steps(config: RunConfig, ranks: Ranks) -> dict[str, float]:
         zero = Zero(model, config, ranks)
         ema = ShardedEma(zero, model)
         model.train()
-        noise_step(config, zero, ema, clock, ranks)
+        batch = noise(config, ranks)
+
+        def take_step() -> None:
+            views = StepViews(config, batch, clock, ranks.device, count_micro_batches(config, ranks))
+            step(config, zero, ema, views, clock, ranks)
+
+        take_step()
         gc.collect()
         if live is None:
             torch.cuda.reset_peak_memory_stats(ranks.device)
         else:
             live.peak = 0.0
-        noise_step(config, zero, ema, clock, ranks)
-    seconds = _timed(lambda: noise_step(config, zero, ema, clock, ranks), ranks.device)
+        take_step()
+    seconds = _timed(take_step, ranks.device)
     if live is not None:
         return {"tensors": live.peak, "seconds": seconds}
     free, total = torch.cuda.mem_get_info(ranks.device)
@@ -107,16 +119,14 @@ def _steps(config: RunConfig, ranks: Ranks) -> dict[str, float]:
     }  # fmt: skip
 
 
-def noise_step(config: RunConfig, zero: Zero, ema: ShardedEma, clock: Clock, ranks: Ranks) -> None:
-    """One optimizer step on noise in the shapes of the samples that a prediction imagines."""
-    imagined = imagined_samples(config, ranks.world_size)
+def noise(config: RunConfig, ranks: Ranks) -> RawBatch:
+    """Noise in the shapes of the samples that a prediction imagines, in memory as a loader's."""
+    imagined, pin = imagined_samples(config, ranks.world_size), ranks.device.type == "cuda"
     global_crops, local_crops = (
-        torch.randint(0, 256, c.shape, dtype=torch.uint8) for c in (imagined.global_crops, imagined.local_crops)
+        torch.empty(crops.shape, dtype=torch.uint8, pin_memory=pin).random_(0, 256)
+        for crops in (imagined.global_crops, imagined.local_crops)
     )
-    batch = RawBatch(global_crops, local_crops, imagined.tokens, imagined.index)
-    views = StepViews(config, batch, clock, ranks.device, count_micro_batches(config, ranks))
-    del batch, global_crops, local_crops
-    step(config, zero, ema, views, clock, ranks)
+    return RawBatch(global_crops, local_crops, imagined.tokens, imagined.index)
 
 
 def measure_rates(ranks: Ranks) -> Rates:

@@ -96,7 +96,7 @@ def memory_of(config: RunConfig, ranks: int, passes: Passes, device: Device = "c
     stage, element = config.zero.stage, DTYPES[config.precision].itemsize
     held = held_bytes(passes.sizes, stage, ranks, element, 2 if config.optimizer.states == "8bit" else 8)
     del held["gradients"]  # which grow while activations go: they are in the step's part
-    if element == 4:
+    if element == 4 and not (config.zero.offload_optimizer and device == "cuda"):
         held["ema"] = 0.0  # the compute copy is the average itself
     host = {name: held.pop(name) for name in ("masters", "moments", "ema") if config.zero.offload_optimizer}
     if config.zero.offload_parameters:
@@ -144,8 +144,8 @@ def go_through(config: RunConfig, ranks: int, device: Device = "cuda") -> Passes
     samples, parts = imagined_samples(config, ranks), count_micro_batches(config, imagined)
     live = LiveBytes("meta", 1 / ranks if config.zero.stage >= 2 else 1.0)
     _name_parts(live, model)
-    # What operators keep differs between backends; on the meta device "auto" is what a GPU would take.
-    with dispatch.preferring("torch" if device == "cpu" else "auto"), live:
+    # What operators keep differs between backends.
+    with dispatch.preferring("torch" if device == "cpu" else config.kernels.model_dump()), live:
         zero = Imagined(model, live)
         views = _ImaginedViews(config, samples, parts, live)
         accumulate(zero, views, clock, imagined, config.pass_mode == "split", config.kept_graphs)

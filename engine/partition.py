@@ -165,7 +165,7 @@ class Flat(Partition):
 
     def whole(self, flat: Tensor, shard: Shard) -> list[Tensor]:
         """All ranks' parts end to end, cut by parameter."""
-        everything = _gathered(flat, self.ranks).flatten().cpu()
+        everything = self.ranks.stack(flat).flatten().cpu()
         named, place = [], 0
         for parameter in shard.parameters:
             named.append(everything[place : place + parameter.numel()].view(parameter.shape))
@@ -224,7 +224,7 @@ class Scattered(Partition):
 
     def whole(self, flat: Tensor, shard: Shard) -> list[Tensor]:
         """All ranks' parts of each parameter, joined."""
-        everything, named, place = _gathered(flat, self.ranks).cpu(), [], 0
+        everything, named, place = self.ranks.stack(flat).cpu(), [], 0
         for parameter in _as_cut(shard.parameters):
             part = parameter.ds_tensor.ds_numel
             full = everything[:, place : place + part].flatten()[: parameter.ds_numel]
@@ -274,16 +274,6 @@ if TYPE_CHECKING:  # what DeepSpeed hangs on parameters; nothing is of these cla
 
 def _as_cut(parameters: list[nn.Parameter]) -> list[_CutParameter]:
     return cast("list[_CutParameter]", parameters)
-
-
-def _gathered(flat: Tensor, ranks: Ranks) -> Tensor:
-    """All ranks' tensors [n] of equal size: [world_size, n]."""
-    flat = flat.detach()
-    if ranks.world_size == 1:
-        return flat[None]
-    everything = flat.new_empty(ranks.world_size, flat.numel())
-    dist.all_gather_into_tensor(everything.view(-1), flat.to(ranks.device).contiguous())
-    return everything
 
 
 PARTITIONS: dict[int, type[Partition]] = {0: Replicated, 1: Flat, 2: Flat, 3: Scattered}

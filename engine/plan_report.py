@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .config import load_config, with_overrides
+from .errors import UserError
 from .host_memory import host_memory as total_host_memory
 from .measure import ask
 from .memory import Device
@@ -49,14 +50,17 @@ def run(
         with Planner(config, gpus, rates, device, keep, report) as planner:
             plans = planner.search(budget)
     found = ask(gpus, with_overrides(config, plans[0].overrides)) if measure else None
-    if png:
-        draw(plans, budget, png)
     if plain:
         print(json.dumps(as_json(plans, budget, gpus, rates, found), indent=1))
     else:
         show(plans, budget, gpus, rates, Console())
         if found:
             print(compared(plans[0], found))
+    if png:
+        try:
+            draw(plans, budget, png)
+        except (OSError, ValueError) as error:  # no such folder; no such kind of picture
+            raise UserError(f"--picture {png}: {error}") from None
 
 
 def _advance(progress: Progress, task: TaskID, done: int, total: int) -> None:

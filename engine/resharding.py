@@ -51,7 +51,7 @@ def take_moments(checkpoint: Path, stage: int, steps: dict[str, int], zero: Zero
             for moment in MOMENTS:
                 whole = [read(name, moment).view(zero.shapes[name]) for name in names]
                 state[moment] = zero.partition.cut(whole, shard).to(shard.master)
-            state["step"] = _step_like(zero.adamw, steps[names[0]])
+            state["step"] = _step_like(zero.adamw, steps[names[0]], shard.master.device)
             zero.adamw.state[shard.state_key] = state
 
 
@@ -68,9 +68,10 @@ def _replica(checkpoint: Path, zero: Zero) -> ReadMoment:
     return read
 
 
-def _step_like(optimizer: torch.optim.Optimizer, step: int) -> Tensor | int:
-    """The step count in the form that the optimizer keeps it: DeepSpeedCPUAdam an int, torch's AdamW a float tensor."""
-    return torch.tensor(float(step)) if isinstance(optimizer, torch.optim.AdamW) else step
+def _step_like(optimizer: torch.optim.Optimizer, step: int, device: torch.device) -> Tensor | int:
+    """The step count in the form that the optimizer keeps it: DeepSpeedCPUAdam an int, torch's fused AdamW a float on
+    the parameters' device."""
+    return torch.tensor(float(step), device=device) if isinstance(optimizer, torch.optim.AdamW) else step
 
 
 @contextlib.contextmanager
@@ -98,8 +99,8 @@ def _universal(checkpoint: Path, ranks: Ranks) -> Iterator[ReadMoment]:
             return content["param"] if isinstance(content, dict) else torch.as_tensor(content)
 
         yield read
+        ranks.barrier()  # not where one rank fails alone: it would wait for the others, and they for it
     finally:
-        ranks.barrier()
         if ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)
             (checkpoint.parent / "latest_universal").unlink(missing_ok=True)

@@ -9,6 +9,8 @@ import time
 
 from .errors import UserError
 
+BEGAN = "HARMONY_FAST_BEGAN"
+"""The environment variable that tells a process which takes over from another when that one began"""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """What `kill`, Ctrl-C and SLURM (`--signal=USR1@300`) send"""
 
@@ -17,9 +19,11 @@ class StopRequest:
     """Whether to save and stop at the next step boundary; a second signal ends the process at once."""
 
     def __init__(self, max_time: str | int | None = None) -> None:
-        """max_time: as `seconds_of` takes it, from now on."""
+        """max_time: as `seconds_of` takes it, from now on, or from when the process began that this one takes over
+        from."""
         self._asked = False
-        self._end = time.monotonic() + seconds_of(max_time, "max_time") if max_time else float("inf")
+        self.began = float(os.environ.pop(BEGAN, time.monotonic()))
+        self._end = self.began + seconds_of(max_time, "max_time") if max_time else float("inf")
         for number in SIGNALS:
             signal.signal(number, self._ask)
 

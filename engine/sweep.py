@@ -21,14 +21,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .auto_memory import PLANNED
 from .checkpoint_folder import CheckpointFolder, step_of
 from .config import RunConfig, differences, dump_config, load_config
 from .distributed import LAUNCHER
 from .errors import UserError
 from .evaluate import evaluate_run
-from .evaluated import METRICS, known_metrics
+from .evaluated import METRICS
 from .sweep_recipes import Budget, settle_budget, under_budget
 from .sweep_results import collect, guessing, write_results
+
+EVALUATED = "evaluated"
+"""File in a run folder of the sweep that says that its evaluation went to the end"""
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,14 @@ class Trial:
         newest, config = CheckpointFolder(self.folder).newest([])[0], self.folder / "config.yaml"
         if newest is None or not config.is_file():
             return False
-        differ = set(differences(load_config(config), self.config))
-        return step_of(newest) == self.config.max_steps and differ <= {"precision"}  # auto is settled when it trains
+        settled = ("precision", *(PLANNED if self.config.memory else ()))  # auto is settled when it trains
+        differ = [key for key in differences(load_config(config), self.config) if not key.startswith(settled)]
+        return step_of(newest) == self.config.max_steps and not differ
 
     @property
     def evaluated(self) -> bool:
-        """Whether its metrics are there, of its last checkpoint: training takes earlier ones away."""
-        return not self.config.evaluate.data or bool(known_metrics(self.folder / METRICS))
+        """Whether all its metrics are there, of its last checkpoint: training takes earlier ones away."""
+        return not self.config.evaluate.data or (self.folder / EVALUATED).is_file()
 
 
 def run(
@@ -132,7 +137,8 @@ def carry_out(trial: Trial, ranks: int) -> None:
     config, log = trial.folder.with_suffix(".yaml"), trial.folder.with_suffix(".log")
     with log.open("a", encoding="utf-8") as words:
         if not trial.trained:
-            (trial.folder / METRICS).unlink(missing_ok=True)
+            for earlier in (EVALUATED, METRICS):
+                (trial.folder / earlier).unlink(missing_ok=True)
             config.write_text(dump_config(trial.config), encoding="utf-8")
             command = [sys.executable, "-m", "harmony_fast.engine.cli", "train", str(config), "--ranks", str(ranks)]
             alone = {**os.environ, LAUNCHER: str(os.getpid())}  # it ends with this process
@@ -142,6 +148,7 @@ def carry_out(trial: Trial, ranks: int) -> None:
         if not trial.evaluated:
             with contextlib.redirect_stdout(words):
                 evaluate_run(trial.folder, [], [])
+            (trial.folder / EVALUATED).touch()
 
 
 def finish(process: subprocess.Popen[bytes]) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .disk import replace_text
 from .errors import UserError
 from .evaluated import METRICS, known_metrics
 from .report.curves import read_log
@@ -90,8 +91,8 @@ def _spread(values: list[float]) -> Found:
 
 def write_results(out: Path, found: Found) -> None:
     """sweep.json, sweep.md and sweep.png."""
-    (out / "sweep.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (out / "sweep.md").write_text(as_markdown(found), encoding="utf-8")
+    replace_text(out / "sweep.json", json.dumps(found, indent=1) + "\n")
+    replace_text(out / "sweep.md", as_markdown(found))
     draw(found, out / "sweep.png")
 
 

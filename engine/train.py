@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
@@ -23,14 +25,14 @@ from .data.views import StepViews
 from .disk import alone_in, replace_text
 from .distributed import Ranks, join
 from .ema import ShardedEma
-from .errors import UserError
+from .errors import StartAgain, UserError
 from .evaluate.during import evaluate_now
 from .health import SEED_STRIDE, Divergence, rollbacks
 from .log import Log
 from .numbers import Numbers
 from .sizes import GIB
 from .step import Step, step
-from .stopping import StopRequest
+from .stopping import BEGAN, StopRequest
 from .watchdog import Watchdog
 from .zero import Zero, deepspeed_config
 
@@ -38,8 +40,8 @@ from .zero import Zero, deepspeed_config
 FREE_KEYS = (
     "run_dir", "max_steps", "max_time", "keep_every", "max_skipped_steps", "on_divergence", "max_rollbacks", "watchdog",
     "watchdog_seconds", "memory", "log_every", "checkpoint_every", "keep_checkpoints", "data.workers", "data.reading",
-    "data.cache_", "data.micro_batch_size", "evaluate", "pass", "zero.", "deepspeed", "tf32", "compile", "kernels.",
-    "activation_checkpointing.",
+    "data.cache_", "data.micro_batch_size", "kept_graphs", "evaluate", "pass", "zero.", "deepspeed", "tf32", "compile",
+    "kernels.", "activation_checkpointing.",
 )  # fmt: skip
 LAST_MOMENTS = 5.0
 """Seconds in which a process that was killed is gone"""
@@ -55,8 +57,12 @@ def train(config: RunConfig) -> None:
     ranks = join()
     stop = StopRequest(config.max_time)
     settled = settle(config, ranks)
-    with settled.explaining():
-        run(settled, ranks, stop)
+    try:
+        with settled.explaining():
+            run(settled, ranks, stop)
+    except StartAgain:
+        os.environ[BEGAN] = str(stop.began)  # what starts again has no more time
+        raise
 
 
 def run(settled: Settled, ranks: Ranks, stop: StopRequest) -> None:
@@ -83,6 +89,7 @@ def run(settled: Settled, ranks: Ranks, stop: StopRequest) -> None:
         greet(log, settled, damaged)
 
         divergence, numbers = Divergence(config, progress), Numbers(settled, log, done, ranks)
+        evaluation = 0.0  # seconds that the last one took
         model.train()
         with closing(log), Watchdog(config.run_dir, ranks.rank, config.watchdog, config.watchdog_seconds) as watchdog:
             for clock, batch in batches(config, loader, done, last):
@@ -97,13 +104,15 @@ def run(settled: Settled, ranks: Ranks, stop: StopRequest) -> None:
                     divergence.taken()
                 else:
                     left_out(result, divergence, checkpoints, loader, batch, done, zero, ranks, log)
-                stopping = ranks.any(stop.due(checkpoints.seconds, watchdog.typical))
+                stopping = ranks.any(stop.due(checkpoints.seconds, watchdog.typical + evaluation))
                 saving = stopping or done == last or done % config.checkpoint_every == 0
-                evaluating = config.evaluate_every is not None and done % config.evaluate_every == 0
+                evaluating = not stopping and config.evaluate_every is not None and done % config.evaluate_every == 0
                 log.step(done)
                 if evaluating:
+                    began = time.monotonic()
                     with watchdog.resting():
                         numbers.add(evaluate_now(config, zero, ranks))
+                    evaluation = time.monotonic() - began
                 if saving or evaluating or done == 1 or done % config.log_every == 0:
                     numbers.record(done, result, clock, zero, divergence)
                 if saving:
@@ -190,15 +199,19 @@ def run_folder(config: RunConfig, ranks: Ranks) -> Iterator[None]:
     generated = json.dumps(deepspeed_config(config, ranks.world_size), indent=1)
     ranks.barrier()
     with ExitStack() as held:
+        problem: UserError | None = None
         if ranks.is_main:
             try:
                 config.run_dir.mkdir(parents=True, exist_ok=True)
                 held.enter_context(alone_in(config.run_dir, LAST_MOMENTS))
                 replace_text(path, dump_config(config))
                 replace_text(config.run_dir / "deepspeed.json", generated)
+            except UserError as error:
+                problem = error
             except OSError as error:
-                raise UserError(f"run_dir {config.run_dir}: cannot be written: {error.strerror}") from None
-        ranks.barrier()
+                problem = UserError(f"run_dir {config.run_dir}: cannot be written: {error.strerror}")
+        if ranks.any(problem is not None):
+            raise problem or UserError("the main rank cannot use the run folder; it says why")
         yield
 
 

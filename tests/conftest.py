@@ -8,6 +8,8 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+# Tests are of what every machine can do, also one with a GPU: `doctor` and `bench` try that (CONTRIBUTING.md).
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each, before torch starts its own
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

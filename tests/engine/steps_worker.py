@@ -75,7 +75,7 @@ def train(config: RunConfig, ranks: Ranks, steps: int, save: bool = False) -> di
     saved, _ = checkpoints.latest()
     done = checkpoints.load(saved, zero, ema)["step"] if saved else 0
     model.train()
-    losses, norms, programs, before = [], [], [], Counter()
+    losses, norms, programs, messages, before = [], [], [], Counter(), Counter()
     for step in range(done, steps):
         clock = Clock(step, STEPS_PER_EPOCH, config.epochs)
         views = StepViews(config, samples(config, step, ranks), clock, parts=count_micro_batches(config, ranks))

@@ -59,6 +59,21 @@ def test_wishes_that_cannot_be_granted(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "HARMONY_FAST_KERNELS asks for triton, but the tensors are on the CPU" in broken["detail"]
 
 
+def test_gpus_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that somebody else has to himself; and those that the driver lists but torch cannot use."""
+
+    def refuse(_: int) -> None:
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert {check.device for check in doctor_kernels.check_kernels()} == {"cpu"}
+    assert [finding.state for finding in doctor._gpus()] == ["missing"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", refuse)
+    (found,) = doctor._gpus()
+    assert (found.name, found.state) == ("cuda:0", "broken") and "busy or unavailable" in found.detail
+
+
 def test_packages_that_are_missing_old_or_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from packaging.specifiers import SpecifierSet
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from harmony_fast.engine.config import parse_config
 from harmony_fast.engine.live_bytes import LiveBytes
-from harmony_fast.engine.memory import predict
+from harmony_fast.engine.memory import go_through, predict
 from harmony_fast.harmony.image_encoder import Block
 from harmony_fast.harmony.packing import Layout
 from harmony_fast.kernels import dispatch
@@ -60,6 +60,22 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 def test_the_predicted_peak_is_within_5_percent_of_the_counted(measured: dict[str, float], name: str) -> None:
     memory = predict(parse_config(of(name), name), SETTINGS[name][0], "cpu")
     assert memory.total == pytest.approx(measured[name], rel=0.05), memory.parts
+
+
+def test_on_a_gpu_an_average_in_host_memory_is_one_beside_the_compute_copy() -> None:
+    """In fp32 the copy on the GPU is the average itself, unless the optimizer is elsewhere."""
+    beside = {"zero__stage": 2, "precision": "fp32"}
+    here, there = (
+        predict(parse_config(config(**beside, zero__offload_optimizer=host), "the test"), 1) for host in (False, True)
+    )
+    assert here.held["ema"] == 0 and there.host["ema"] > 0
+
+
+def test_the_kernels_that_a_run_asks_for_are_gone_through() -> None:
+    """On a GPU xformers keeps what triton keeps; torch's operators write other things."""
+    asked = (parse_config(config(kernels={"attention": kind}), "the test") for kind in ("triton", "xformers", "torch"))
+    triton, xformers, torch_s = (go_through(one, 1).written for one in asked)
+    assert triton == xformers != torch_s
 
 
 @pytest.mark.parametrize(("width", "heads"), [(192, 3), (384, 6), (64, 8)])

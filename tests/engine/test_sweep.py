@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import yaml
 from commands import start
-from harmony_fast.engine.config import load_config
+from harmony_fast.engine.checkpoint_folder import CheckpointFolder
+from harmony_fast.engine.config import dump_config, load_config, parse_config, with_overrides
 from harmony_fast.engine.data.prepare import prepare
 from harmony_fast.engine.errors import UserError
-from harmony_fast.engine.sweep import Trial, plan_trial, run
+from harmony_fast.engine.sweep import EVALUATED, Trial, plan_trial, run
 from harmony_fast.engine.sweep_recipes import DEMO, Budget, settle_budget, under_budget
 from harmony_fast.engine.sweep_results import as_markdown, collect, draw
 from tiny import tiny_config
@@ -153,6 +154,24 @@ def test_stopping_going_on_and_failing(folder: Path, capsys: pytest.CaptureFixtu
     assert trial.evaluated  # so the next call leaves it alone
     with pytest.raises(UserError, match=f"holds a sweep with steps {STEPS}, not 4"):
         sweep(folder, 4)
+
+
+def test_what_is_finished(tmp_path: Path) -> None:
+    """With settings that a plan has chosen; not with metrics of an evaluation that was interrupted."""
+    raw = {**tiny_config(), "max_steps": 3, "memory": "auto", "evaluate": {"data": ["a.tar"]}}
+    trial = Trial("tiny", 0, tmp_path, parse_config({**raw, "run_dir": str(tmp_path)}, "the test"))
+    assert not trial.trained
+    folder = CheckpointFolder(tmp_path)
+    folder.begin(3)
+    folder.publish(3, {})
+    for planned, trained in (({"data.micro_batch_size": 2, "zero.stage": 2}, True), ({"data.batch_size": 4}, False)):
+        used = with_overrides(trial.config, [f"{key}={value}" for key, value in planned.items()])
+        (tmp_path / "config.yaml").write_text(dump_config(used))
+        assert trial.trained == trained
+    (tmp_path / "metrics.json").write_text(json.dumps({"zero_shot": {"top1": 0.5}}))
+    assert not trial.evaluated
+    (tmp_path / EVALUATED).touch()
+    assert trial.evaluated
 
 
 def test_training_ends_with_its_sweep(folder: Path) -> None:

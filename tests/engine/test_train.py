@@ -1,7 +1,6 @@
 """Whole runs through the command line: log, resume, signals, ranks, bad input."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -54,19 +53,16 @@ def test_an_interrupted_run_goes_on_with_the_same_losses(config: Path, undisturb
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_stopped_goes_on_with_the_same_losses(
-    config: Path, undisturbed: Path, tmp_path: Path, number: int
-) -> None:
+def test_a_run_that_is_killed_goes_on_with_the_same_losses(config: Path, undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     arguments = ("train", config, f"run_dir={folder}", f"max_steps={STEPS}", "checkpoint_every=1")
     process = start(*arguments)
     deadline = time.monotonic() + 200
     while not (folder / "checkpoints" / "latest").is_file() and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(number)
+    process.kill()
     process.communicate(timeout=60)
-    assert process.returncode == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
     run(*arguments)
     assert losses(folder) == losses(undisturbed)
 
@@ -147,18 +143,6 @@ def test_a_task_of_slurm_uses_the_gpu_that_it_sees(monkeypatch: pytest.MonkeyPat
     _read_slurm()
     assert (said["RANK"], said["WORLD_SIZE"], said["LOCAL_RANK"]) == ("7", "8", device)
     assert said["LOCAL_WORLD_SIZE"] == "4"
-
-
-def test_a_rank_that_dies_ends_the_run(config: Path, tmp_path: Path) -> None:
-    process = start("train", config, f"run_dir={tmp_path / 'run'}", "epochs=2000", "--ranks", 2)
-    while not (tmp_path / "run" / "log.jsonl").is_file() and process.poll() is None:
-        time.sleep(0.05)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[0]), signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "of 2 ended with exit status" in err.splitlines()[-1]
-    assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

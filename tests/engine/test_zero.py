@@ -85,23 +85,20 @@ SMALLER = {"model__image__depth": 1, "model__text__depth": 1, "data__batch_size"
 
 
 def combinations() -> dict[str, dict[str, Any]]:
-    """Every allowed combination of stage, offload and optimizer states, plain and with everything else on top."""
+    """Every allowed combination of stage, offload and optimizer states, with everything else on top."""
     found = {}
+    more = {"pass": "split", "data__micro_batch_size": 1, "activation_checkpointing": {"image": 1, "text": 1}}
     for stage, host, parameters, states in product((0, 1, 2, 3), (False, True), (False, True), ("fp32", "8bit")):
         chosen = {"zero__stage": stage, "zero__offload_optimizer": host, "zero__offload_parameters": parameters,
-                  "optimizer__states": states}  # fmt: skip
-        more = {"pass": "split", "data__micro_batch_size": 1, "activation_checkpointing": {"image": 1, "text": 1},
-                "precision": "bf16"}  # fmt: skip
-        for extra in ({}, more):
-            try:
-                config(**SMALLER, **chosen, **extra)
-            except UserError:
-                continue
-            name = f"stage{stage}-{states}{'-host' if host else ''}{'-parameters' if parameters else ''}"
-            found[f"{name}{'-everything' if extra else ''}"] = {**SMALLER, **chosen, **extra}
-    found["stage1-fp16"] = {**SMALLER, "zero__stage": 1, "precision": "fp16"}
-    found["stage3-fp16"] = {**SMALLER, "zero__stage": 3, "precision": "fp16", "data__micro_batch_size": 1}
-    return found
+                  "optimizer__states": states, "precision": "bf16", **more}  # fmt: skip
+        try:
+            config(**SMALLER, **chosen)
+        except UserError:
+            continue
+        name = f"stage{stage}-{states}{'-host' if host else ''}{'-parameters' if parameters else ''}"
+        found[name] = {**SMALLER, **chosen}
+    fp16 = {**SMALLER, "precision": "fp16", "deepspeed": {"fp16": {"initial_scale_power": 4}}}
+    return {**found, "stage1-fp16": {**fp16, "zero__stage": 1}, "stage3-fp16": {**fp16, **more, "zero__stage": 3}}
 
 
 def settings_of(layouts: dict[str, dict[str, Any]], steps: int) -> Settings:
@@ -135,7 +132,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def one_rank(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
     begun, layouts = interrupted(folders["begun-by-one"], 1, 2, True), {name: LAYOUTS[name] for name in ON_ONE}
-    return run(folders["one"], 1, settings_of({**layouts, **CLIPPED, **PLAIN, "smaller": SMALLER}, STEPS) | begun)
+    small = settings_of({"smaller": SMALLER}, 2) | settings_of({"smaller at the start": SMALLER}, 0)
+    return run(folders["one"], 1, settings_of({**layouts, **CLIPPED, **PLAIN}, STEPS) | small | begun)
 
 
 @pytest.fixture(scope="module")
@@ -193,9 +191,11 @@ def test_clipping_by_parameter_is_the_same_in_every_stage(
 
 @pytest.mark.parametrize("name", combinations())
 def test_every_allowed_combination_trains(one_rank: dict[str, Any], two_ranks: dict[str, Any], name: str) -> None:
-    losses = torch.tensor(two_ranks[name]["losses"])
-    assert losses.isfinite().all()
-    torch.testing.assert_close(losses, torch.tensor(one_rank["smaller"]["losses"][:2]), rtol=0.1, atol=0)
+    """In half precision or with 8-bit states: losses, and where the weights go, are about those of fp32."""
+    found, plain, start = two_ranks[name], one_rank["smaller"], one_rank["smaller at the start"]["weights"]
+    torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(plain["losses"]), rtol=0.02, atol=0)
+    went, expected = (torch.cat([(r["weights"][n] - start[n]).flatten() for n in start]) for r in (found, plain))
+    assert torch.cosine_similarity(went, expected, 0) > 0.9
 
 
 def test_half_of_the_memory_on_each_of_two_ranks(one_rank: dict[str, Any], two_ranks: dict[str, Any]) -> None:

@@ -70,6 +70,7 @@ def test_a_lost_rank_ends_the_run(config: Path, tmp_path: Path, faults: Faults) 
     process, children = two_ranks(config, folder)
     os.kill(int(children[-1]), signal.SIGKILL)
     assert "of 2 ended with exit status" in ended(process, 60).splitlines()[-1]
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
     faults.injected("lost rank")
     assert "resumed at step" in run("train", config, f"run_dir={folder}", "epochs=2000", "max_steps=4", "--ranks", 2)
 
@@ -91,8 +92,10 @@ def test_a_run_folder_has_one_process_at_a_time(config: Path, tmp_path: Path, fa
     process = start("train", config, f"run_dir={folder}", "epochs=2000")
     while not (folder / "log.jsonl").is_file() and process.poll() is None:
         time.sleep(0.05)
-    message = run("train", config, f"run_dir={folder}", "epochs=2000", fails=True)
-    assert f"{folder}: process {process.pid} on " in message and "is at work there" in message
+    for ranks in (1, 2):
+        message = run("train", config, f"run_dir={folder}", "epochs=2000", "--ranks", ranks, fails=True)
+        assert f"{folder}: process {process.pid} on " in message and "is at work there" in message
+        assert "Traceback" not in message
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 0
