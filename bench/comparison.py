@@ -17,6 +17,8 @@ from .timing import alternate, peak_memory, release
 OURS = "harmony-fast"
 TOLERANCE_OF_RIVALS = 0.05
 """A rival that is further off computes something else."""
+UNCHECKED = "reference: out of memory"
+"""Why nobody is timed where there is nothing to check against"""
 Result = tuple[Tensor | None, ...]
 
 
@@ -44,7 +46,8 @@ class Comparison:
 
 
 def compare(comparison: Comparison, device: torch.device, *, seed: int, seconds: float) -> dict[str, Any]:
-    """Errors, then times and memory, as plain data. A rival that fails or is wrong is named, and not timed.
+    """Errors, then times and memory, as plain data. A rival that fails, is wrong or cannot be checked is named, and not
+    timed.
 
     The result's keys: operation, case, tolerance, right and repeatable (ours: within tolerance; the same bits twice),
     results by rival (milliseconds, quartiles, samples, peak_mib, relative_error, gigabytes_per_second),
@@ -53,8 +56,12 @@ def compare(comparison: Comparison, device: torch.device, *, seed: int, seconds:
     failed = dict(comparison.unavailable)
     errors: dict[str, float] = {}
     torch.manual_seed(seed)
-    expected = comparison.reference(*comparison.inputs())
-    for name in comparison.rivals:
+    expected: tuple[Tensor, ...] = ()
+    try:
+        expected = comparison.reference(*comparison.inputs())
+    except torch.OutOfMemoryError:
+        failed |= dict.fromkeys(comparison.rivals, UNCHECKED)
+    for name in [name for name in comparison.rivals if name not in failed]:
         torch.manual_seed(seed)
         problem, error = _check(comparison, name, expected)
         release(device)
@@ -77,7 +84,9 @@ def compare(comparison: Comparison, device: torch.device, *, seed: int, seconds:
 def _time(
     comparison: Comparison, sound: list[str], errors: dict[str, float], device: torch.device, seconds: float
 ) -> dict[str, dict[str, Any]]:
-    """Time and memory of the rivals that are right, and of the yardsticks."""
+    """Time and memory of the rivals that are right, and of the yardsticks; nothing if none is right."""
+    if not sound:
+        return {}
     inputs = comparison.inputs()
     rivals = {name: comparison.rivals[name] for name in sound} | comparison.yardsticks
     work = {name: partial(rival, *inputs) for name, rival in rivals.items()}

@@ -33,7 +33,7 @@ OPERATIONS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the comparisons; the exit status is 1 if a kernel of ours was wrong or failed."""
+    """Run the comparisons; the exit status is 1 if a kernel of ours was wrong, failed or was not checked."""
     options = _parse(arguments)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = options.out or results_folder()

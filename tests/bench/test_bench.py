@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from harmony_fast.bench import comparison as comparing
-from harmony_fast.bench import contrastive, kernels, machine, masked_attention, names, prototype_ce, run, timing
+from harmony_fast.bench import contrastive, kernels, machine, masked_attention, names, prototype_ce, run, tables, timing
 from harmony_fast.bench.comparison import OURS, Comparison, compare
 from torch import Tensor
 
@@ -55,6 +55,21 @@ def test_ours_must_be_right_everywhere(wrong: object) -> None:
     result = compare(make(**{OURS: wrong, "add": lambda x: (x + x,)}), CPU, seed=1, seconds=0.1)
     assert not result["right"] and result["speedup"] is None and OURS in result["not_run"]
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_nobody_is_right_where_the_reference_runs_out_of_memory() -> None:
+    def too_large(x: Tensor) -> tuple[Tensor, ...]:
+        raise torch.OutOfMemoryError
+
+    case = make(add=lambda x: (x + x,))
+    case.reference = too_large
+    result = compare(case, CPU, seed=1, seconds=0.1)
+    assert not result["right"] and not result["results"] and result["speedup"] is None
+    assert result["not_run"] == {
+        "absent": "not installed", OURS: "reference: out of memory", "add": "reference: out of memory"
+    }  # fmt: skip
+    report = {"comparisons": [result], "machine": {"processor": "some", "memory_gib": 1, "date": "today"}}
+    assert "| doubling | 100 numbers | not checked |  |" in tables.kernels(report)
 
 
 def test_results_that_differ_from_run_to_run_are_noticed() -> None:
