@@ -29,7 +29,7 @@ from .errors import UserError
 from .evaluate import evaluate_run
 from .evaluated import METRICS
 from .sweep_recipes import Budget, settle_budget, under_budget
-from .sweep_results import collect, guessing, write_results
+from .sweep_results import collect, write_results
 
 EVALUATED = "evaluated"
 """File in a run folder of the sweep that says that its evaluation went to the end"""
@@ -83,7 +83,6 @@ def run(
     except OSError as error:
         raise UserError(f"--out {out}: cannot be made: {error.strerror}") from None
     check_budget(out / "sweep.json", budget)
-    chance = guessing(budget)
     # Seeds in the outer loop: a sweep that is stopped early has compared all recipes with the first seeds.
     places = [(path, seed) for seed in range(seeds) for path in recipes]
     finished: list[Trial] = []
@@ -102,7 +101,7 @@ def run(
             except UserError as error:
                 failures[label] = str(error)
                 outcome = f"failed: {error}"
-            write_results(out, collect(budget, seeds, names, finished, failures, chance))
+            write_results(out, collect(budget, seeds, names, finished, failures))
             step(f"{label}: {outcome}", 1)
     print((out / "sweep.md").read_text(), end="")
     print(f"\n{out / 'sweep.json'}\n{out / 'sweep.md'}\n{out / 'sweep.png'}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .disk import replace_text
-from .errors import UserError
+from .evaluate.chance import level_of, levels
 from .evaluated import METRICS, known_metrics
 from .report.curves import read_log
-from .report.metrics import by_task, random_levels
-from .report.samples import HeldOut
+from .report.metrics import by_task
 from .sweep_recipes import Budget
 
 if TYPE_CHECKING:
@@ -31,18 +29,9 @@ SHORT = {
 BLUE, INK, QUIET = "#0072b2", "#1b1f27", "#98a2b3"
 
 
-def guessing(budget: Budget) -> dict[str, float]:
-    """What guessing would score, by metric, as far as the samples tell."""
-    with suppress(UserError):
-        return random_levels(budget.config, HeldOut(budget.config))
-    return {}
-
-
-def collect(
-    budget: Budget, seeds: int, recipes: list[str], finished: list[Trial], failures: dict[str, str],
-    chance: dict[str, float],
-) -> Found:  # fmt: skip
-    """Everything that was measured so far, recipes in the given order. Metrics are fractions, `chance` too."""
+def collect(budget: Budget, seeds: int, recipes: list[str], finished: list[Trial], failures: dict[str, str]) -> Found:
+    """Everything that was measured so far, recipes in the given order. Metrics are fractions, and what guessing would
+    score of the same samples, `chance`, too."""
     found: Found = {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "torch": torch.__version__,
@@ -61,8 +50,9 @@ def collect(
             "summary": {key: _spread([run["metrics"][key] for run in runs.values()]) for key in _metrics(runs)},
             "runs": runs,
         }
-    measured = columns(found)
-    return {**found, "chance": {key: level for key, level in chance.items() if key in measured}}
+    known = {path: level for trial in finished for path, level in levels(known_metrics(trial.folder / METRICS)).items()}
+    chance = {key: level_of(known, key) for key in columns(found)}
+    return {**found, "chance": {key: level for key, level in chance.items() if level is not None}}
 
 
 def _measured(trial: Trial) -> Found:
@@ -123,8 +113,8 @@ def as_markdown(found: Found) -> str:
             cells = [_cell(recipe["summary"].get(key), found["seeds"]) for key in keys]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         if found["chance"]:
-            levels = [found["chance"].get(key) for key in keys]
-            shown = ["-" if level is None else f"{100 * level:.2g}" for level in levels]
+            guessed = [found["chance"].get(key) for key in keys]
+            shown = ["-" if level is None else f"{100 * level:.2g}" for level in guessed]
             lines.append("| *guessing* | " + " | ".join(shown) + " |")
     else:
         lines.append("Nothing was evaluated: `evaluate.data` names no samples. Last losses are in sweep.json.")

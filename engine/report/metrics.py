@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..config import RunConfig
-from ..data import labelled
-from ..data.labelled import LabelledSample
 from ..errors import UserError
-from ..evaluate.chance import agreement, level_of, levels, with_levels
-from ..evaluate.classes import class_names
+from ..evaluate.chance import level_of, levels, with_levels
 from ..evaluated import METRICS
 from .curves import is_number, number
 from .markup import Child, Markup, absent, run_name, tag
 from .run import Run
-from .samples import HeldOut, sample_labels
 from .summary import table
 
 TASK_NAMES = {
@@ -157,31 +151,3 @@ def metric_name(metric: str) -> str:
 def percent(fraction: float) -> str:
     """A share, with more digits where it is small."""
     return f"{number(100 * fraction)} %" if 0 < fraction < 0.1 else f"{100 * fraction:.1f} %"
-
-
-def random_levels(config: RunConfig, held: HeldOut) -> Levels:
-    """What guessing would score, for a sweep, before anything is measured; nothing of sets that are not held whole.
-
-    Of what learns from the bank: the chance that a random sample of the bank has the query's group.
-    """
-    found: Levels = {}
-    evaluate = config.evaluate
-    with suppress(UserError):
-        count = len(_whole(held.queries))
-        for direction in ("image_to_text", "text_to_image"):
-            found.update({f"retrieval/{direction}/r{k}": min(k / count, 1.0) for k in (1, 5, 10)})
-    with suppress(UserError):
-        classes = len(class_names(sample_labels(_whole(held.queries), evaluate.class_key), evaluate.classes))
-        found.update({f"zero_shot/top{k}": min(k / classes, 1.0) for k in (1, 5, 10)})
-        found["zero_shot/mean_per_class"] = 1 / classes
-    with suppress(UserError):
-        groups = [sample_labels(_whole(samples), evaluate.group_key) for samples in (held.queries, held.bank)]
-        found.update({f"{task}/top1": agreement(*groups) for task in ("knn", "linear", "few_shot", "finetune")})
-    return found
-
-
-def _whole(samples: list[LabelledSample]) -> list[LabelledSample]:
-    """The same. Raises UserError where they may be a part of a larger set."""
-    if len(samples) >= labelled.MOST:
-        raise UserError(f"of this set {labelled.MOST:,} samples are held")
-    return samples

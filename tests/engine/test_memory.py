@@ -73,9 +73,9 @@ def test_on_a_gpu_an_average_in_host_memory_is_one_beside_the_compute_copy() -> 
 
 def test_the_kernels_that_a_run_asks_for_are_gone_through() -> None:
     """On a GPU xformers keeps what triton keeps; torch's operators write other things."""
-    asked = (parse_config(config(kernels={"attention": kind}), "the test") for kind in ("triton", "xformers", "torch"))
-    triton, xformers, torch_s = (go_through(one, 1).written for one in asked)
-    assert triton == xformers != torch_s
+    kinds = [{"precision": "fp32", "kernels": {"attention": kind}} for kind in ("triton", "xformers", "torch")]
+    triton, xformers, plain = (go_through(parse_config(config(**kind), "the test"), 1).written for kind in kinds)
+    assert triton == xformers != plain
 
 
 @pytest.mark.parametrize(("width", "heads"), [(192, 3), (384, 6), (64, 8)])

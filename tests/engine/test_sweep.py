@@ -195,10 +195,13 @@ def test_mean_and_spread_over_seeds(budget: Budget, tmp_path: Path) -> None:
             config = under_budget(ROOT / "configs" / "recipes" / f"{recipe}.yaml", budget, seed, tmp_path)
             trial = Trial(recipe, seed, tmp_path / recipe / f"seed-{seed}", config)
             trial.folder.mkdir(parents=True)
-            metrics = {"knn": {"top1": value}, **({"zero_shot": {"top1": 0.25}} if recipe == "clip" else {})}
+            metrics = {
+                "knn": {"top1": value, "chance": {"top1": 0.125}},
+                **({"zero_shot": {"top1": 0.25}} if recipe == "clip" else {}),
+            }
             (trial.folder / "metrics.json").write_text(json.dumps(metrics))
             trials.append(trial)
-    found = collect(budget, 3, ["mae", "clip"], trials, {"mae, seed 1": "no space left"}, {"knn/top1": 0.125})
+    found = collect(budget, 3, ["mae", "clip"], trials, {"mae, seed 1": "no space left"})
     assert list(found["recipes"]) == ["mae", "clip"]
     summary = found["recipes"]["clip"]["summary"]["knn/top1"]
     assert summary == {"mean": pytest.approx(0.3), "std": pytest.approx(0.07**0.5), "n": 3}

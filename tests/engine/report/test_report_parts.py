@@ -16,7 +16,7 @@ from harmony_fast.engine.data.images import to_jpeg
 from harmony_fast.engine.data.labelled import LabelledSample
 from harmony_fast.engine.data.parts import tokenize
 from harmony_fast.engine.errors import UserError
-from harmony_fast.engine.report.metrics import _agreed, _task_table, random_levels
+from harmony_fast.engine.report.metrics import _agreed, _task_table
 from harmony_fast.engine.report.neighbours import compare, names_of_images
 from harmony_fast.engine.report.run import read_runs
 from harmony_fast.engine.report.samples import HeldOut, read_training
@@ -45,7 +45,6 @@ def test_names_where_only_some_samples_are_held(tmp_path: Path, monkeypatch: pyt
     names = set(re.findall("object [A-J]", names_of_images(run)))
     right = {f"object {'ABCDEFGHIJ'[int(sample.key)]}" for sample in run.held.queries}
     assert len(right) == 4 and names == right
-    assert random_levels(config, run.held) == {}  # nobody can tell of a part
 
 
 def test_a_run_that_got_over_a_divergence_is_well(tmp_path: Path) -> None:
