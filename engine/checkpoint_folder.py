@@ -21,6 +21,8 @@ from .disk import sync_path, write_synced
 from .errors import UserError
 
 MANIFEST, LATEST = "manifest.json", "latest"
+FINISHED = "finished"
+"""File in the run folder that says that all steps are done"""
 Manifest = dict[str, dict[str, int | str]]
 """By file name: bytes, sha256"""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..harmony.heads import PixelDecoder
 from ..harmony.image_encoder import Block, ImageEncoder
 from ..harmony.model import Harmony
 from ..harmony.text_encoder import TextBlock
@@ -19,14 +20,12 @@ def compile_blocks(model: Harmony) -> None:
     Blocks of one shape share one program, made for a number of tokens where that is the same in every step. Where it
     differs from step to step, it is a symbol in the program, so that nothing is padded to a bucket and nothing is
     compiled again: for captions; for the student's images as `tokens_differ` says; for the last block of an image
-    tower, which goes on with the masked patches.
+    tower or pixel decoder, which goes on with the masked or removed patches.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    towers = [module for module in model.modules() if isinstance(module, ImageEncoder)]
-    symbolic = {id(tower.blocks[-1]) for tower in towers}
-    if tokens_differ(model):
-        student = (model.student, model.objectives)  # the objectives' decoders go on with its tokens
-        symbolic |= {id(block) for part in student for block in part.modules()}
+    symbolic = {id(m.blocks[-1]) for m in model.modules() if isinstance(m, ImageEncoder | PixelDecoder)}
+    if model.student.image is not None and tokens_differ(model):
+        symbolic |= {id(block) for block in model.student.image.blocks}
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(dynamic=id(module) in symbolic)

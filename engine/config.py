@@ -161,8 +161,8 @@ class RunConfig(MethodConfig):
     with its own backward pass, so that less is held at a time. The gradients are the same."""
     kept_graphs: int = Field(1, ge=0)
     """Of how many micro-batches, in packed passes, the graph of the views that samples are compared by (those of
-    `contrastive`) is kept until all are compared. Of the others these views go forward twice: a third
-    more work for CLIP alone, far less beside other objectives."""
+    `contrastive`) is kept until all are compared. Of the others these views go forward twice: a third more for CLIP
+    alone, far less beside other objectives."""
     activation_checkpointing: CheckpointingConfig = CheckpointingConfig()
     reference_compat: bool = False
     """Do what the authors' code does wherever that differs from what was meant (see REFERENCE_COMPAT)."""

@@ -18,6 +18,7 @@ from .auto_memory import Settled, settle
 from .backends import has_bf16, settle_precision, use_backends
 from .build import build_model, count_micro_batches
 from .checkpoint import Checkpoints
+from .checkpoint_folder import FINISHED
 from .config import RunConfig, differences, dump_config, load_config
 from .data.batch import RawBatch
 from .data.open_loader import AnyLoader, open_loader
@@ -45,8 +46,6 @@ FREE_KEYS = (
 )  # fmt: skip
 LAST_MOMENTS = 5.0
 """Seconds in which a process that was killed is gone"""
-FINISHED = "finished"
-"""File in the run folder that says that all steps are done"""
 
 
 def train(config: RunConfig) -> None:
@@ -104,9 +103,10 @@ def run(settled: Settled, ranks: Ranks, stop: StopRequest) -> None:
                     divergence.taken()
                 else:
                     left_out(result, divergence, checkpoints, loader, batch, done, zero, ranks, log)
-                stopping = ranks.any(stop.due(checkpoints.seconds, watchdog.typical + evaluation))
+                to_come = watchdog.typical + (evaluation if evaluates(config, done + 1) else 0.0)
+                stopping = ranks.any(stop.due(checkpoints.seconds, to_come))
                 saving = stopping or done == last or done % config.checkpoint_every == 0
-                evaluating = not stopping and config.evaluate_every is not None and done % config.evaluate_every == 0
+                evaluating = not stopping and evaluates(config, done)
                 log.step(done)
                 if evaluating:
                     began = time.monotonic()
@@ -129,6 +129,11 @@ def run(settled: Settled, ranks: Ranks, stop: StopRequest) -> None:
             raise UserError(f"step {done} could not be saved: {problem}; make room and start the same command again")
         if done == last and ranks.is_main:
             (config.run_dir / FINISHED).touch()
+
+
+def evaluates(config: RunConfig, done: int) -> bool:
+    """Whether to evaluate after so many steps."""
+    return config.evaluate_every is not None and done % config.evaluate_every == 0
 
 
 def greet(log: Log, settled: Settled, damaged: list[str]) -> None:

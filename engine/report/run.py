@@ -12,6 +12,7 @@ import torch
 from ...harmony.image_encoder import ImageEncoder
 from ...harmony.model import Branch, Harmony
 from ..checkpoint import LoadedRun, load_run
+from ..checkpoint_folder import FINISHED
 from ..config import RunConfig, load_config
 from ..data.beton_set import BetonSet
 from ..errors import UserError
@@ -101,8 +102,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether training has noted that all steps are done (`FINISHED` of `engine/train.py`)."""
-        return (self.folder / "finished").is_file()
+        """Whether all steps are done."""
+        return (self.folder / FINISHED).is_file()
 
     @property
     def steps(self) -> int:
