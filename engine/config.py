@@ -82,7 +82,7 @@ class ZeroConfig(Config):
     stage: Literal[0, 1, 2, 3] = 1
     """0: nothing is sharded; 1: optimizer states and EMA; 2: gradients too; 3: parameters too, also the teacher's."""
     offload_optimizer: bool = False
-    """Keep optimizer states and fp32 weights in host memory and step there (DeepSpeedCPUAdam); stages 1 to 3."""
+    """Keep optimizer states and fp32 weights in host memory and step there; stages 1 to 3."""
     offload_parameters: bool = False
     """Keep the parameters in host memory between uses; stage 3."""
 

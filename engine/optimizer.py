@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,25 +67,6 @@ def build_optimizer(config: RunConfig, groups: list[dict[str, Any]]) -> torch.op
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(groups, **options)
-    if config.zero.offload_optimizer:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        compile_cpu_adam()
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    # Also on the host: DeepSpeed's own for offload is no faster (0.059 against 0.047 s a step of 40 M parameters, on two
+    # cores of an AMD EPYC) and has to be compiled.
     return torch.optim.AdamW(groups, fused=True, **options)
-
-
-def compile_cpu_adam() -> None:
-    """Compile DeepSpeed's host optimizer where that has not been done (about 30 s), one process at a time.
-
-    torch marks a build under way with a file that stays for ever, and is waited for, if the process is killed; a lock
-    on another file ends with its holder, so whoever has that one may take the stale mark away.
-    """
-    from deepspeed.ops.op_builder import CPUAdamBuilder
-    from torch.utils.cpp_extension import _get_build_directory
-
-    folder = Path(_get_build_directory(CPUAdamBuilder.NAME, verbose=False))
-    with (folder / "harmony-fast.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / "lock").unlink(missing_ok=True)
-        CPUAdamBuilder().load(verbose=False)

@@ -6,30 +6,24 @@ into one tensor per parameter and moment. Each rank then takes its own part of t
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import io
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from deepspeed.checkpoint import ds_to_universal
 from torch import Tensor
 
 from .distributed import Ranks
 from .errors import UserError
+from .snapshots import KNOWN_TYPES
 from .zero import Zero
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-CONVERTER = """
-import torch
-from deepspeed.checkpoint.ds_to_universal import main, parse_arguments
-from harmony_fast.engine.snapshots import KNOWN_TYPES
-torch.serialization.add_safe_globals(KNOWN_TYPES)
-main(parse_arguments())
-"""
-"""DeepSpeed's converter. It would run code from files it reads: TORCH_FORCE_WEIGHTS_ONLY_LOAD keeps it from that"""
 ReadMoment = Callable[[str, str], Tensor]
 """The whole of a moment by the parameter's name and its own"""
 
@@ -47,11 +41,11 @@ def take_moments(checkpoint: Path, stage: int, steps: dict[str, int], zero: Zero
     with _universal(checkpoint, ranks) if stage else contextlib.nullcontext(_replica(checkpoint, zero)) as read:
         for shard in zero.partition.shards():
             names = [zero.names[id(parameter)] for parameter in shard.parameters]
-            state: dict[str, Tensor | int] = {}
+            state: dict[str, Tensor] = {}
             for moment in MOMENTS:
                 whole = [read(name, moment).view(zero.shapes[name]) for name in names]
                 state[moment] = zero.partition.cut(whole, shard).to(shard.master)
-            state["step"] = _step_like(zero.adamw, steps[names[0]], shard.master.device)
+            state["step"] = _step_count(steps[names[0]], shard.master)
             zero.adamw.state[shard.state_key] = state
 
 
@@ -68,10 +62,9 @@ def _replica(checkpoint: Path, zero: Zero) -> ReadMoment:
     return read
 
 
-def _step_like(optimizer: torch.optim.Optimizer, step: int, device: torch.device) -> Tensor | int:
-    """The step count in the form that the optimizer keeps it: DeepSpeedCPUAdam an int, torch's fused AdamW a float on
-    the parameters' device."""
-    return torch.tensor(float(step), device=device) if isinstance(optimizer, torch.optim.AdamW) else step
+def _step_count(step: int, weights: Tensor) -> Tensor:
+    """AdamW's count of steps, where its fused form reads it: beside the weights."""
+    return torch.tensor(float(step), device=weights.device)
 
 
 @contextlib.contextmanager
@@ -81,15 +74,10 @@ def _universal(checkpoint: Path, ranks: Ranks) -> Iterator[ReadMoment]:
     problem = ""
     if ranks.is_main:
         shutil.rmtree(folder, ignore_errors=True)
-        # The process group of this run is none of the converter's business.
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        environment["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-        command = [
-            sys.executable, "-c", CONVERTER, "--inject_missing_state", "--input_folder", str(checkpoint),
-            "--output_folder", str(folder), "--num_extract_workers", "1", "--num_merge_workers", "1",
-        ]  # fmt: skip
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        problem = "" if result.returncode == 0 else (result.stderr.strip().splitlines() or ["no message"])[-1]
+        try:
+            _convert(checkpoint, folder)
+        except Exception as error:  # whatever DeepSpeed makes of files that were damaged
+            problem = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     try:
         if problem := ranks.agree(problem):
             raise UserError(f"{checkpoint}: cannot be taken apart for another number of ranks: {problem}")
@@ -104,3 +92,25 @@ def _universal(checkpoint: Path, ranks: Ranks) -> Iterator[ReadMoment]:
         if ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)
             (checkpoint.parent / "latest_universal").unlink(missing_ok=True)
+
+
+def _convert(checkpoint: Path, folder: Path) -> None:
+    """DeepSpeed's converter, in silence. It would run code from files it reads: the variable keeps it from that."""
+    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    options = argparse.Namespace(
+        input_folder=str(checkpoint), output_folder=str(folder), num_extract_workers=1, num_merge_workers=1,
+        keep_temp_folder=False, strict=True, inject_missing_state=True,
+    )  # fmt: skip
+    before, silence = os.environ.get(variable), io.StringIO()
+    os.environ[variable] = "1"
+    try:
+        with (
+            contextlib.redirect_stdout(silence),
+            contextlib.redirect_stderr(silence),
+            torch.serialization.safe_globals(KNOWN_TYPES),
+        ):
+            ds_to_universal.main(options)
+    finally:
+        os.environ.pop(variable)
+        if before is not None:
+            os.environ[variable] = before

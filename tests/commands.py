@@ -38,6 +38,33 @@ def run(*arguments: object, fails: bool = False, command: list[str] = COMMAND) -
     return ended.stdout + ended.stderr
 
 
+def start_ranks(count: int, store: Path, *arguments: object, command: list[str] = COMMAND) -> list[Warm]:
+    """The command as ranks that a scheduler has started, which meet in a new file.
+
+    Like `train --ranks`, without a launcher whose processes import everything anew.
+    """
+    store.unlink(missing_ok=True)
+    return [
+        start(
+            *arguments, command=command, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count, LOCAL_WORLD_SIZE=count,
+            HARMONY_FAST_STORE=store, GLOO_SOCKET_IFNAME="lo",
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+
+
+def as_ranks(
+    count: int, folder: Path, *arguments: object, command: list[str] = COMMAND
+) -> list[subprocess.CompletedProcess[str]]:
+    """Ranks as `start_ranks` has them, when they have ended; all must end well."""
+    ended = []
+    for task in start_ranks(count, folder / "store", *arguments, command=command):
+        out, err = task.communicate(timeout=240)
+        ended.append(subprocess.CompletedProcess(task.command, task.returncode, out, err))
+    assert all(task.returncode == 0 for task in ended), "\n".join(task.stderr[-3000:] for task in ended)
+    return ended
+
+
 def log(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
 

@@ -60,9 +60,9 @@ def run(command: list[str]) -> str:
 def test_the_command_writes_json_and_plot(kind: str, tmp_path: Path) -> None:
     """In a process of its own: DeepSpeed keeps state in its."""
     command = [
-        sys.executable, "-m", "harmony_fast.bench.step", "--only", kind, "--tower", "ViT-Ti/16", "--micro", "4",
+        sys.executable, "-m", "harmony_fast.bench.step", "--only", kind, "--tower", "ViT-Ti/16", "--micro", "2",
         "--precision", "fp32", "--rounds", "3", "--out", str(tmp_path), "--set", *TINY,
-        *([*HEADS, "--variant", "one pass"] if kind == "step" else ["views.local_crops=0"]),
+        *(HEADS if kind == "step" else ["views.local_crops=0"]),
     ]  # fmt: skip
     done = run(command)
     assert "samples/s" in done and "student forward" in done
@@ -71,7 +71,7 @@ def test_the_command_writes_json_and_plot(kind: str, tmp_path: Path) -> None:
     (case,) = report["cases"]
     assert f"{case['results'][OURS]['samples_per_second']:.3f} (" in tables.step(report)
     rival = "four passes" if kind == "step" else "open_clip"
-    assert list(case["results"]) == [OURS, *([f"{OURS}, one pass"] if kind == "step" else []), rival]
+    assert list(case["results"]) == [OURS, rival]
     for result in case["results"].values():
         assert result["samples_per_second"] > 0 and result["mfu"] > 0
         assert result["peak_mib"] > result["held_mib"] > 0
@@ -82,7 +82,6 @@ def test_the_command_writes_json_and_plot(kind: str, tmp_path: Path) -> None:
     if kind == "step":
         assert case["right"] and case["loss_difference"][rival] < 1e-4
         assert case["micro_batch"] == 1
-        assert case["results"][OURS]["peak_mib"] < case["results"][f"{OURS}, one pass"]["peak_mib"]
         assert case["results"][OURS]["flops_per_sample"] < case["results"][rival]["flops_per_sample"]
 
 

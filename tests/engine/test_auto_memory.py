@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import COMMAND, ROOT, call
+from commands import COMMAND, ROOT, as_ranks, call
 from harmony_fast.engine.config import load_config, plain
 from harmony_fast.engine.data.prepare import prepare
 from harmony_fast.engine.nested import dotted
@@ -37,9 +37,8 @@ def last_entry(run: Path) -> dict[str, Any]:
 
 
 def test_a_run_takes_the_plan_and_keeps_it(tmp_path: Path, beton: Path) -> None:
-    words = ["train", write(tmp_path, beton), f"run_dir={tmp_path / 'run'}", "memory=auto", "--ranks", 2]
-    first = call(*words, "max_steps=1")
-    assert first.returncode == 0, first.stderr
+    words = ["train", write(tmp_path, beton), f"run_dir={tmp_path / 'run'}", "memory=auto"]
+    first = as_ranks(2, tmp_path, *words, "max_steps=1")[0]
     plans = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert "going through the passes" in first.stdout and plans["failed"] == 0
     used = dotted(plain(load_config(tmp_path / "run" / "config.yaml")))
@@ -49,8 +48,8 @@ def test_a_run_takes_the_plan_and_keeps_it(tmp_path: Path, beton: Path) -> None:
     entry = last_entry(tmp_path / "run")
     assert entry["memory/predicted_gib"] == pytest.approx(plans["plans"][0]["tensors"] / 2**30)
     assert entry["memory/peak_gib"] > entry["memory/predicted_gib"]  # Python and its libraries are in it
-    again = call(*words, "max_steps=2")
-    assert again.returncode == 0 and "going through the passes" not in again.stdout, again.stderr
+    again = as_ranks(2, tmp_path, *words, "max_steps=2")[0]
+    assert "going through the passes" not in again.stdout
     assert "resumed at step 1" in again.stderr and last_entry(tmp_path / "run")["step"] == 2
 
 

@@ -60,7 +60,7 @@ def test_sharded_training_starts_from_the_weights_unrounded(real: Weights, tmp_p
     run = tmp_path / "run"
     converted(real, beton, run, "precision=bf16", "zero.stage=2")
     start = weights_at(run, 0)
-    commands.run("train", run / "config.yaml", "max_steps=1", "--ranks", 2)
+    commands.as_ranks(2, tmp_path, "train", run / "config.yaml", "max_steps=1")
     assert_started_from(run, start)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import ROOT, log, losses, newest, run
+from commands import ROOT, as_ranks, log, losses, newest, run
 from harmony_fast.engine.evaluate import evaluate_run
 
 
@@ -22,13 +22,14 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return settings
 
 
-@pytest.mark.parametrize("extra", [(), ("--ranks", 2, "zero.stage=3"), ("precision=bf16",)])
+@pytest.mark.parametrize(("ranks", "extra"), [(1, ()), (2, ("zero.stage=3",)), (1, ("precision=bf16",))])
 def test_it_logs_what_evaluate_finds(
-    config: Path, undisturbed_run: Callable, sets: list[str], tmp_path: Path, extra: tuple
+    config: Path, undisturbed_run: Callable, sets: list[str], tmp_path: Path, ranks: int, extra: tuple
 ) -> None:
     folder = tmp_path / "run"
     tasks = ("evaluate_tasks=[zero-shot, knn]", "evaluate.group_key=subcategory")
-    run("train", config, f"run_dir={folder}", "max_steps=4", "evaluate_every=2", *tasks, *sets, *extra)
+    words = ("train", config, f"run_dir={folder}", "max_steps=4", "evaluate_every=2", *tasks, *sets, *extra)
+    as_ranks(2, tmp_path, *words) if ranks == 2 else run(*words)
     entries = log(folder)
     assert [e["step"] for e in entries if "evaluate/zero_shot/top1" in e] == [2, 4]
     found = evaluate_run(folder, ["zero-shot", "knn"], [])

@@ -27,7 +27,9 @@ PLENTY = Budget(4 * 2**30, 2**30)
 @pytest.fixture(scope="module")
 def tiny() -> RunConfig:
     """Small communication buckets, so that something can be chosen."""
-    raw = config(run_dir="none", data__batch_size=16, precision="bf16")
+    raw = config(
+        run_dir="none", data__batch_size=16, precision="bf16", model__image__depth=1, model__text__depth=1,
+    )  # fmt: skip
     raw["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": 2**16}}
     return parse_config(raw, "the test")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import FAULTY, log, newest, run, start
+from commands import FAULTY, as_ranks, log, newest, run, start
 from counting import Faults
 from warm import Warm
 
@@ -72,7 +72,8 @@ def test_a_lost_rank_ends_the_run(config: Path, tmp_path: Path, faults: Faults) 
     assert "of 2 ended with exit status" in ended(process, 60).splitlines()[-1]
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     faults.injected("lost rank")
-    assert "resumed at step" in run("train", config, f"run_dir={folder}", "epochs=2000", "max_steps=4", "--ranks", 2)
+    words = ("train", config, f"run_dir={folder}", "epochs=2000", "max_steps=4")
+    assert "resumed at step" in as_ranks(2, tmp_path, *words)[0].stderr
 
 
 def test_ranks_end_with_their_launcher(config: Path, tmp_path: Path, faults: Faults) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import FAULTY, losses, newest, run, start
+from commands import FAULTY, losses, newest, run, start, start_ranks
 from counting import Faults
 from safetensors.torch import load_file
 
@@ -32,23 +32,29 @@ def wait_until_it_trains(process: subprocess.Popen, folder: Path) -> None:
 def test_interrupted_at_random(
     config: Path, undisturbed_run: Callable, tmp_path: Path, faults: Faults, ranks: int
 ) -> None:
-    """TIMES processes, each interrupted a random time after it began its steps, the last one allowed to finish."""
+    """TIMES starts, each interrupted a random time after it began its steps, the last one allowed to finish.
+
+    Two ranks have a launcher every fourth time; else all of them get the signal, as a scheduler sends it.
+    """
     folder, draw = tmp_path / "run", random.Random(ranks)
-    words = ("train", config, f"run_dir={folder}", f"max_steps={STEPS}", "checkpoint_every=1", "--ranks", ranks)
-    for _ in range(TIMES):
-        process = start(*words)
+    words = ("train", config, f"run_dir={folder}", f"max_steps={STEPS}", "checkpoint_every=1")
+    for k in range(TIMES):
+        launched = ranks == 1 or k % 4 == 0
+        processes = [start(*words, "--ranks", ranks)] if launched else start_ranks(ranks, tmp_path / "store", *words)
         before = writing(folder)
-        while process.poll() is None and writing(folder) == before:
+        while all(process.poll() is None for process in processes) and writing(folder) == before:
             time.sleep(0.005)  # until its first checkpoint has begun
         time.sleep(draw.uniform(0, 0.6))
         number = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
-        process.send_signal(number)
+        for process in processes:
+            process.send_signal(number)
         faults.injected(f"{signal.Signals(number).name}, {ranks} rank(s)")
-        finish(process)
+        for process in processes:
+            finish(process)
         if (folder / "finished").exists():
             assert_same(folder, undisturbed_run(STEPS), ranks)
             shutil.rmtree(folder)  # from the start again
-    run(*words)
+    run(*words, "--ranks", ranks)
     assert_same(folder, undisturbed_run(STEPS), ranks)
 
 

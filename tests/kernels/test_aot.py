@@ -24,7 +24,7 @@ def test_every_case_compiles_and_the_hot_ones_do_not_spill() -> None:
     """
     table, jobs = aot.read(aot.COMMITTED), aot.list_jobs()
     changed = [job for job in jobs if job not in table and (table or (job.hot and job.capability == 90))]
-    sample = [job for job in jobs[::23] if job not in changed]
+    sample = [job for job in jobs[::47] if job not in changed]
     rows = list(aot.run([*changed, *sample], processes=2))
     assert aot.problems(rows) == []
     for job, row in table.items():

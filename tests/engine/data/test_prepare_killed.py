@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,15 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import start
 from harmony_fast.engine.data.prepare import Summary, prepare
 from harmony_fast.engine.errors import DataError
 from PIL import Image
-
-PREPARE = """
-from sys import argv
-from harmony_fast.engine.data.prepare import prepare
-prepare(argv[2:], argv[1], context=16)
-"""
 
 
 def run(sources: list[Path], output: Path) -> Summary:
@@ -77,11 +71,11 @@ def test_kill_9_and_again_gives_the_same_bytes(
 ) -> None:
     shards = [tar("first.tar", [*pairs(20), ("a.txt", b"alone")]), *slow_shards(tar, picture, encoded, [40, 40])]
     output = tmp_path / "killed.beton"
-    process = subprocess.Popen([sys.executable, "-c", PREPARE, output, *shards], stderr=subprocess.DEVNULL)
+    process = start("prepare", *shards, output, "--context", 16)
     wait_for(lambda: list(Path(f"{output}.parts").glob("*.json")) and workers_at(output))
     pids = workers_at(output)
     process.kill()
-    process.wait()
+    process.communicate()
     wait_for(lambda: not any(map(alive, pids)), 10)  # no orphan goes on writing
     assert not output.exists()
 
@@ -120,11 +114,11 @@ def test_kill_9_at_any_moment(tar: Callable, encoded: Callable, tmp_path: Path) 
         output.exists,
     ]  # fmt: skip
     for moment in moments:
-        process = subprocess.Popen([sys.executable, "-c", PREPARE, output, *shards], stderr=subprocess.DEVNULL)
+        process = start("prepare", *shards, output, "--context", 16)
         while not moment() and process.poll() is None:
             time.sleep(0.0005)
         process.kill()
-        process.wait()
+        process.communicate()
         assert not output.exists() or moment == output.exists
     undisturbed = run(shards, tmp_path / "undisturbed.beton")
     assert output.read_bytes() == undisturbed.path.read_bytes()  # whole as soon as it is there
