@@ -199,8 +199,7 @@ def _libraries() -> Iterator[Finding]:
 
 def _tools() -> Iterator[Finding]:
     for tool, purpose in (
-        ("c++", "builds DeepSpeed's CPU operators and ffcv: apt-get install g++"),
-        ("ninja", "builds DeepSpeed's operators: pip install ninja"),
+        ("c++", "builds ffcv: apt-get install g++"),
         ("nvcc", "only for DeepSpeed's CUDA operators, which the default settings do not use"),
     ):
         found = shutil.which(tool, path=os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)]))

@@ -32,10 +32,20 @@ class Check(NamedTuple):
 
 
 def check_kernels() -> Iterator[Check]:
-    """All kernels on the CPU in fp32 and on each GPU in bf16."""
+    """All kernels on the CPU in fp32 and on each GPU that can be used in bf16."""
     yield from _check_device(torch.device("cpu"), torch.float32)
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        yield from _check_device(torch.device("cuda", index), torch.bfloat16)
+        if _answers(device := torch.device("cuda", index)):
+            yield from _check_device(device, torch.bfloat16)
+
+
+def _answers(device: torch.device) -> bool:
+    """A driver may list GPUs that torch cannot use; with DeepSpeed imported torch asks the driver alone."""
+    try:
+        torch.empty(1, device=device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _check_device(device: torch.device, dtype: torch.dtype) -> Iterator[Check]:

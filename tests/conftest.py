@@ -40,8 +40,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def forks() -> None:
     """A process has one server of forks: what imports for `plan` alone has `prepare` import again for each fork."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        modules = ("engine.data.pool", "engine.walks", "bench.step_process")
-        multiprocessing.set_forkserver_preload(["open_clip.tokenizer", *(f"harmony_fast.{name}" for name in modules)])
+        modules = ("engine.data.clip_tokenizer", "engine.data.pool", "engine.walks", "bench.step_process")
+        multiprocessing.set_forkserver_preload([f"harmony_fast.{name}" for name in modules])
         multiprocessing.forkserver.ensure_running()
 
 

@@ -78,7 +78,7 @@ def read_chunks(files: list[PartFiles], workers: int, bar: Progress) -> int:
     """
     context = multiprocessing.get_context("forkserver")
     # One process imports, all workers are forked from it; but nothing is forked from this one, which may have threads.
-    context.set_forkserver_preload(["open_clip.tokenizer", "harmony_fast.engine.data.pool"])
+    context.set_forkserver_preload(["harmony_fast.engine.data.clip_tokenizer", "harmony_fast.engine.data.pool"])
     board = Board(context, len(files))
     workers = max(1, min(workers, len(files)))
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(board,))

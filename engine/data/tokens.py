@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from ..errors import DataError
 from .images import Rejected
 
 if TYPE_CHECKING:
-    from open_clip.tokenizer import SimpleTokenizer
+    from .clip_tokenizer import SimpleTokenizer
 
 CLIP = "clip"
 """The tokenizer of CLIP and of all open_clip models that do not name another: 49,408 ids."""
@@ -72,7 +71,7 @@ def check_ids(tokens: np.ndarray, vocabulary: int, name: Callable[[int], str]) -
 
 @cache
 def _tokenizer(name: str) -> SimpleTokenizer:
-    from open_clip.tokenizer import SimpleTokenizer  # seconds: only those who tokenise pay them
+    from .clip_tokenizer import SimpleTokenizer  # seconds: only those who tokenise pay them
 
     try:
         return SimpleTokenizer(**tokenizer_options(name))
@@ -104,10 +103,9 @@ def tokenizer_options(name: str) -> dict[str, Any]:
 
 def _model_config(name: str) -> dict[str, Any] | None:
     """open_clip's description of a model, without the seconds that importing it takes."""
-    spec = find_spec("open_clip")
-    if spec is None or spec.origin is None:
-        raise ImportError("open_clip is not installed")
-    path = Path(spec.origin).parent / "model_configs" / f"{name.replace('/', '-')}.json"
+    from .clip_tokenizer import open_clip_folder
+
+    path = open_clip_folder() / "model_configs" / f"{name.replace('/', '-')}.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 

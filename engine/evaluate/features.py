@@ -27,7 +27,7 @@ from ..errors import DataError, UserError
 from .share import Share
 
 if TYPE_CHECKING:
-    from open_clip.tokenizer import SimpleTokenizer
+    from ..data.clip_tokenizer import SimpleTokenizer
 
 
 class Towers(Protocol):
@@ -195,7 +195,7 @@ def text_embeddings(towers: Towers, texts: list[str], config: RunConfig) -> Tens
 
 @lru_cache(maxsize=2)
 def _tokenizer(context: int, name: str) -> SimpleTokenizer:
-    from open_clip.tokenizer import SimpleTokenizer
+    from ..data.clip_tokenizer import SimpleTokenizer
 
     return SimpleTokenizer(context_length=context, **tokenizer_options(name))
 

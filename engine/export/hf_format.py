@@ -22,7 +22,7 @@ from ..errors import UserError
 from .source import Exported, JointSpace, Source
 
 if TYPE_CHECKING:
-    from open_clip.tokenizer import SimpleTokenizer
+    from ..data.clip_tokenizer import SimpleTokenizer
 
 VISION, TEXT = "vision_model.", "text_model."
 WORDS = "token_embedding.weight"
@@ -182,7 +182,7 @@ def _preprocessing(config: RunConfig) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _encoder(tokenizer: str) -> SimpleTokenizer:
-    from open_clip.tokenizer import SimpleTokenizer
+    from ..data.clip_tokenizer import SimpleTokenizer
 
     return SimpleTokenizer(**tokenizer_options(tokenizer))
 

@@ -1,13 +1,14 @@
 """`memory: auto` trains with a plan, keeps it, and takes the next one when memory really runs out; `plan --measure`."""
 
 import json
+import resource
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from commands import COMMAND, ROOT, as_ranks, call
+from commands import ROOT, as_ranks, call, start
 from harmony_fast.engine.config import load_config, plain
 from harmony_fast.engine.data.prepare import prepare
 from harmony_fast.engine.nested import dotted
@@ -62,10 +63,12 @@ HUNGRY = {
 """Whose activations are most of what it needs, so that the plans differ"""
 
 
-def limited(*words: object) -> subprocess.CompletedProcess:
-    """A process of its own, with no more than LIMIT of memory for its data."""
-    words = ("prlimit", f"--data={LIMIT}", *COMMAND, *words)
-    return subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=500)
+def limited(*words: object) -> subprocess.CompletedProcess[str]:
+    """A command with no more than LIMIT of memory for its data, as it starts and where it starts again."""
+    process = start(*words)
+    resource.prlimit(process.pid, resource.RLIMIT_DATA, (LIMIT, LIMIT))
+    out, err = process.communicate(timeout=500)
+    return subprocess.CompletedProcess(process.command, process.returncode, out, err)
 
 
 def test_when_memory_runs_out_the_next_plan_is_taken(tmp_path: Path, beton: Path) -> None:

@@ -66,9 +66,11 @@ def test_gpus_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert {check.device for check in doctor_kernels.check_kernels()} == {"cpu"}
     assert [finding.state for finding in doctor._gpus()] == ["missing"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert {check.device for check in doctor_kernels.check_kernels()} == {"cpu"}
     monkeypatch.setattr(torch.cuda, "get_device_properties", refuse)
     (found,) = doctor._gpus()
     assert (found.name, found.state) == ("cuda:0", "broken") and "busy or unavailable" in found.detail
