@@ -20,10 +20,12 @@ SMALL_BUCKETS = {"zero_optimization": {"reduce_bucket_size": 60000, "allgather_b
 WIDE = {"model__image__width": 64, "model__image__heads": 4, "model__image__depth": 4, "model__text__width": 64}
 SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "plain": (1, {}),
+    "stage0": (1, {"zero__stage": 0}),
     "bf16": (1, {"precision": "bf16"}),
     "batch16": (1, {"data__batch_size": 16}),
     "wide": (1, WIDE),
-    "wide-recomputed": (1, {**WIDE, "activation_checkpointing": {"image": 2, "text": 1}, "precision": "bf16"}),
+    "wide-recomputed": (1, {**WIDE, "activation_checkpointing": {"image": 1, "text": 1}}),
+    "recomputed2": (1, {"activation_checkpointing": {"image": 2, "text": 0}, "precision": "bf16"}),
     "split": (1, {"pass": "split"}),
     "micro": (1, {"data__batch_size": 16, "data__micro_batch_size": 4}),
     "micro-kept": (1, {"data__batch_size": 16, "data__micro_batch_size": 4, "kept_graphs": 3}),
