@@ -77,7 +77,7 @@ def _universal(checkpoint: Path, ranks: Ranks) -> Iterator[ReadMoment]:
         try:
             _convert(checkpoint, folder)
         except Exception as error:  # whatever DeepSpeed makes of files that were damaged
-            problem = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     try:
         if problem := ranks.agree(problem):
             raise UserError(f"{checkpoint}: cannot be taken apart for another number of ranks: {problem}")

@@ -103,7 +103,10 @@ def combinations() -> dict[str, dict[str, Any]]:
         name = f"stage{stage}-{states}{'-host' if host else ''}{'-parameters' if parameters else ''}"
         found[name] = {**SMALLER, **chosen}
     fp16 = {**SMALLER, "precision": "fp16", "deepspeed": {"fp16": {"initial_scale_power": 4}}}
-    return {**found, "stage1-fp16": {**fp16, "zero__stage": 1}, "stage3-fp16": {**fp16, **more, "zero__stage": 3}}
+    return {
+        **found, "stage1-fp16": {**fp16, **more, "zero__stage": 1},
+        "stage3-fp16": {**fp16, **recomputed, "zero__stage": 3},
+    }  # fmt: skip
 
 
 def settings_of(layouts: dict[str, dict[str, Any]], steps: int) -> Settings:
