@@ -7,16 +7,18 @@ contents. So the prediction follows every change of the model, of checkpointing 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..harmony.image_encoder import Block
 from ..harmony.model import Harmony
 from ..harmony.objectives import Collectives
 from ..harmony.schedules import Clock
+from ..harmony.text_encoder import TextBlock
 from ..harmony.views import Views, assemble, draw_block_masks, draw_masks
 from ..kernels import dispatch
 from .accumulate import accumulate
@@ -24,13 +26,17 @@ from .backends import DTYPES, settle_precision
 from .build import build_model, count_micro_batches
 from .config import RunConfig
 from .data.batch import RawBatch
+from .half_on_cpu import products_for
 from .live_bytes import GRADIENTS, LiveBytes
+from .optimizer import parameter_groups
 from .scaling import Sizes, held_bytes
 from .zero import deepspeed_config
 
 T = TypeVar("T")
 Device = Literal["cuda", "cpu"]
 VIEWS, TAUGHT, CUDA, ALLOCATOR = "views", "teacher features", "CUDA", "allocator"
+OPTIMIZER_STEP, GATHERED = "optimizer step", "gathered parameters"
+BLOCKS = (Block, TextBlock)
 CAPTION_TOKENS = 16
 """Tokens of a caption that the prediction assumes: CC3M's have 10.3 words on average (Sharma et al. 2018)"""
 CONTEXT = 600 * 2**20
@@ -71,6 +77,12 @@ class Passes:
     """What the forward and backward passes of a rank's step need, and do."""
 
     sizes: Sizes
+    groups: list[int]
+    """Parameters of each of the optimizer's groups, in the order of the step"""
+    together: int
+    """Parameters of the largest part, a block or a layer outside blocks, that stage 3 gathers while it is used"""
+    small: int
+    """Parameters of tensors so small that stage 3 has them whole between steps"""
     buffers: int
     """Bytes of the model's buffers"""
     peak: dict[str, float]
@@ -102,21 +114,31 @@ def memory_of(config: RunConfig, ranks: int, passes: Passes, device: Device = "c
     if config.zero.offload_parameters:
         host["parameters"] = held.pop("parameters")
     held["buffers"] = passes.buffers
-    gradients = element * passes.sizes.trained
-    during = {**passes.peak, "buckets": buckets(config, ranks, element)}
-    if stage == 2 and passes.backward > 1:  # those of one pass are complete before they are added to the others
-        during[GRADIENTS] = during.get(GRADIENTS, 0.0) + gradients / ranks
-    if stage == 3:  # there is a place for all of them from the start
-        during[GRADIENTS] = gradients / ranks
-    phases = [during]
-    if stage == 0 and ranks > 1:  # all-reduced after the backward pass; a bucket ends with the tensor that fills it
-        flat = 2 * element * deepspeed_config(config, ranks)["zero_optimization"]["reduce_bucket_size"]
-        phases.append({GRADIENTS: gradients, "buckets": min(gradients, flat)})
-    step = max(phases, key=lambda phase: sum(phase.values()))
+    step = max(_moments(config, ranks, passes), key=lambda moment: sum(moment.values()))
     if device == "cuda":
         step[ALLOCATOR] = SLACK * sum(step.values())
         held[CUDA] = CONTEXT
     return Memory(held, step, host)
+
+
+def _moments(config: RunConfig, ranks: int, passes: Passes) -> Iterator[dict[str, float]]:
+    """Bytes by part at the moments of a step that may be its fullest, on top of what is held for the whole run."""
+    stage, element = config.zero.stage, DTYPES[config.precision].itemsize
+    gradients = element * passes.sizes.trained / (ranks if stage >= 2 else 1)
+    zero = deepspeed_config(config, ranks)["zero_optimization"]
+    during = {**passes.peak, "buckets": buckets(config, ranks, element)}
+    if stage >= 2:
+        # There is a place for all of them from the start; with several passes in stage 2 also the sum of the earlier
+        # ones, and the last one's place, which goes as this one's is filled.
+        during[GRADIENTS] = gradients * (3 if stage == 2 and passes.backward > 1 else 1)
+    if stage == 3:
+        during[GATHERED] = element * passes.together
+        first = min(sum(passes.sizes), passes.small + zero["stage3_prefetch_bucket_size"])
+        yield {GRADIENTS: gradients, GATHERED: element * first}  # as a step begins
+    yield during
+    if stage == 0 and ranks > 1:  # all-reduced after the backward pass; a bucket ends with the tensor that fills it
+        yield {GRADIENTS: gradients, "buckets": min(gradients, 2 * element * zero["reduce_bucket_size"])}
+    yield {OPTIMIZER_STEP: stepping(config, passes.groups, ranks)}
 
 
 def buckets(config: RunConfig, ranks: int, element: int) -> float:
@@ -130,6 +152,21 @@ def buckets(config: RunConfig, ranks: int, element: int) -> float:
     return element * zero["reduce_bucket_size"] * (2 if zero["overlap_comm"] and config.zero.stage < 3 else 1)
 
 
+def stepping(config: RunConfig, groups: list[int], ranks: int) -> float:
+    """Bytes that the optimizer's step needs at its fullest moment, gradients included; none with offload.
+
+    In stages 1 to 3 DeepSpeed makes a flat copy of a group's gradients and an fp32 one of that, then frees the group's
+    own; in stage 0 fp32 copies of all.
+    """
+    element, stage = DTYPES[config.precision].itemsize, config.zero.stage
+    in_float = 4 if element < 4 else 0
+    if config.zero.offload_optimizer:
+        return 0.0
+    if stage == 0:
+        return (element + in_float) * sum(groups)
+    return max((element * sum(groups[i:]) + (element + in_float) * groups[i]) / ranks for i in range(len(groups)))
+
+
 def go_through(config: RunConfig, ranks: int, device: Device = "cuda") -> Passes:
     """The passes of one step on the meta device. device: whose kernels it would use."""
     imagined = _Ranks(ranks)
@@ -139,13 +176,18 @@ def go_through(config: RunConfig, ranks: int, device: Device = "cuda") -> Passes
         sum(p.numel() for p in model.parameters() if p.requires_grad),
         sum(p.numel() for p in model.teacher.parameters()),
     )
+    groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model)]
+    together = max(sum(p.numel() for p in m.parameters(recurse=isinstance(m, BLOCKS))) for m in model.modules())
     model = model.to(DTYPES[config.precision]).train()
     clock = Clock(0, 10, config.epochs)
+    threshold = deepspeed_config(config, ranks)["zero_optimization"]["stage3_param_persistence_threshold"]
+    small = sum(p.numel() for p in model.parameters() if p.numel() <= threshold)
     samples, parts = imagined_samples(config, ranks), count_micro_batches(config, imagined)
-    live = LiveBytes("meta", 1 / ranks if config.zero.stage >= 2 else 1.0)
+    live = LiveBytes("meta", 0.0 if config.zero.stage >= 2 else 1.0)
     _name_parts(live, model)
     # What operators keep differs between backends.
-    with dispatch.preferring("torch" if device == "cpu" else config.kernels.model_dump()), live:
+    products = products_for(torch.device(device), DTYPES[config.precision])
+    with dispatch.preferring("torch" if device == "cpu" else config.kernels.model_dump()), live, products:
         zero = Imagined(model, live)
         views = _ImaginedViews(config, samples, parts, live)
         accumulate(zero, views, clock, imagined, config.pass_mode == "split", config.kept_graphs)
@@ -158,7 +200,7 @@ def go_through(config: RunConfig, ranks: int, device: Device = "cuda") -> Passes
         peak[VIEWS] = (2 * live.most[VIEWS] / min(parts, 2) + raw / parts) * min(parts, 2)
     else:
         peak[VIEWS] += raw
-    return Passes(sizes, buffers, peak, live.flops, live.written, live.calls, zero.passes)
+    return Passes(sizes, groups, together, small, buffers, peak, live.flops, live.written, live.calls, zero.passes)
 
 
 def _name_parts(live: LiveBytes, model: Harmony) -> None:

@@ -189,11 +189,9 @@ class Planner:
                 expected = _expected(sampled, micro, self._own // micro)
                 for layout in _layouts(self.ranks):
                     settings = {"precision": precision, "data.micro_batch_size": micro, **shape.settings, **layout}
-                    share = self.ranks if layout["zero.stage"] >= 2 else 1
-                    peak = {**expected.peak, GRADIENTS: expected.peak.get(GRADIENTS, 0.0) / share}
                     if self._allows(settings):
                         try:
-                            plans.append(self._plan(settings, replace(expected, peak=peak)))
+                            plans.append(self._plan(settings, expected))
                         except UserError:
                             continue  # a combination that the engine refuses
         if not plans:

@@ -39,6 +39,8 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "overlap_comm": world_size > 1 and _may_overlap(config, world_size),
         "reduce_bucket_size": BUCKET,
         "allgather_bucket_size": BUCKET,
+        "stage3_prefetch_bucket_size": BUCKET,
+        "stage3_param_persistence_threshold": 100_000,  # DeepSpeed's default
     }
     if config.zero.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

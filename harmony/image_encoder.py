@@ -87,7 +87,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.LayerNorm, layout: Layout, index: Tensor | None = None) -> Tensor:
         """Of the normalised x: [T, D] -> [T, D], or [R, D] for the tokens at index."""
-        q, k, v = self.qkv(norm(x), x, again(norm)).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        q, k, v = self.qkv(norm(x), source=x, make=again(norm)).unflatten(-1, (3, self.heads, -1)).unbind(1)
         mixed = masked_attention(q, k, v, layout.offsets, layout.max_length).flatten(1)
         return self.proj(mixed if index is None else mixed.index_select(0, index))
 
@@ -102,8 +102,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """Of the normalised x: [T, D] -> [T, D]."""
-        hidden = self.fc1(norm(x), x, again(norm))
-        return self.fc2(F.gelu(hidden), hidden, F.gelu)
+        hidden = self.fc1(norm(x), source=x, make=again(norm))
+        return self.fc2(F.gelu(hidden), source=hidden, make=F.gelu)
 
 
 class Block(nn.Module):

@@ -25,8 +25,12 @@ _CHECKPOINTED = ContextVar("_CHECKPOINTED", default=False)
 class Linear(nn.Linear):
     """A linear layer that need not keep its input: see `linear_of`."""
 
-    def forward(self, made: Tensor, source: Tensor | None = None, make: Make | None = None) -> Tensor:
-        """[T, D] -> [T, D']. With source and make, made = make(source) is made again in the backward pass."""
+    def forward(self, made: Tensor, *, source: Tensor | None = None, make: Make | None = None) -> Tensor:
+        """[T, D] -> [T, D']. With source and make, made = make(source) is made again in the backward pass.
+
+        They are keywords because ZeRO stage 3 keeps a weight gathered until gradients of all positional inputs have
+        passed, and the source gets none from here.
+        """
         return linear_of(made, source, make, self.weight, self.bias)
 
 

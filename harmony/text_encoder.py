@@ -69,8 +69,8 @@ class TextMlp(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """Of the normalised x: [T, D] -> [T, D]."""
-        hidden = 1.702 * self.c_fc(norm(x), x, again(norm))
-        return self.c_proj(_scaled_silu(hidden), hidden, _scaled_silu)
+        hidden = 1.702 * self.c_fc(norm(x), source=x, make=again(norm))
+        return self.c_proj(_scaled_silu(hidden), source=hidden, make=_scaled_silu)
 
 
 def _scaled_silu(x: Tensor) -> Tensor:

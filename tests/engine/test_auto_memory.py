@@ -57,8 +57,8 @@ def test_a_run_takes_the_plan_and_keeps_it(tmp_path: Path, beton: Path) -> None:
 LIMIT = 2800 * 2**20
 """Bytes: between what the best and the most frugal plan of HUNGRY need, with what Python takes"""
 HUNGRY = {
-    "data__batch_size": 96, "model__image__depth": 3, "model__image__width": 128, "views__global_size": 192,
-    "views__local_size": 96,
+    "data__batch_size": 96, "model__image__depth": 3, "model__image__width": 128, "model__image__patch_size": 2,
+    "views__global_size": 48, "views__local_size": 24,
 }  # fmt: skip
 """Whose activations are most of what it needs, so that the plans differ"""
 

@@ -39,7 +39,7 @@ def test_under_autocast_a_layer_is_a_plain_one() -> None:
     """A user's own loop may run the model so: what is multiplied in bf16 has gradients in fp32."""
     layer, x = Linear(4, 3), torch.randn(5, 4, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        y = layer(F.gelu(x), x, F.gelu)
+        y = layer(F.gelu(x), source=x, make=F.gelu)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32
@@ -90,6 +90,6 @@ def test_what_is_made_again_is_not_kept() -> None:
         with LiveBytes("cpu") as live:
             live.watch(nn.ModuleList([norm, layer]))
             x = torch.randn(1000, 64).requires_grad_()
-            y = layer(norm(x), x, again(norm)) if remade else layer(norm(x))
+            y = layer(norm(x), source=x, make=again(norm)) if remade else layer(norm(x))
             held[remade] = live.now.total() - x.nbytes - y.nbytes
     assert held == {False: 8 * 1000 + x.nbytes, True: 8 * 1000}
