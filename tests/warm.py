@@ -115,10 +115,14 @@ def serve(control: socket.socket) -> tuple[list[str], dict[str, str]] | None:
 def main() -> None:
     """Import what commands do, then serve; in the process of a command, be it."""
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - imports torch's compiler, as every run does
+    import numpy as np
     import torch.utils.tensorboard  # noqa: F401
+    import typer  # noqa: F401
     from harmony_fast.engine import train  # noqa: F401
-    from harmony_fast.engine.data import loader  # noqa: F401
+    from harmony_fast.engine.data import crops
 
+    # The first function that numba runs costs 0.8 s; not one with threads, which would not outlive a fork.
+    crops.cut(np.zeros((4, 4, 3), np.uint8), (0, 0, 4, 4), np.zeros((2, 2, 3), np.uint8))
     found = serve(socket.socket(fileno=int(sys.argv[1])))
     if found is None:
         return

@@ -1,14 +1,12 @@
-"""`memory: auto` trains with a plan, keeps it, and takes the next one when memory really runs out; `plan --measure`."""
+"""`memory: auto` trains with a plan and keeps it; `plan --measure`. When memory runs out: tests/faults."""
 
 import json
-import resource
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from commands import ROOT, as_ranks, call, start
+from commands import ROOT, as_ranks, call
 from harmony_fast.engine.config import load_config, plain
 from harmony_fast.engine.data.prepare import prepare
 from harmony_fast.engine.nested import dotted
@@ -52,41 +50,6 @@ def test_a_run_takes_the_plan_and_keeps_it(tmp_path: Path, beton: Path) -> None:
     again = as_ranks(2, tmp_path, *words, "max_steps=2")[0]
     assert "going through the passes" not in again.stdout
     assert "resumed at step 1" in again.stderr and last_entry(tmp_path / "run")["step"] == 2
-
-
-LIMIT = 2800 * 2**20
-"""Bytes: between what the best and the most frugal plan of HUNGRY need, with what Python takes"""
-HUNGRY = {
-    "data__batch_size": 96, "model__image__depth": 3, "model__image__width": 128, "model__image__patch_size": 2,
-    "views__global_size": 48, "views__local_size": 24,
-}  # fmt: skip
-"""Whose activations are most of what it needs, so that the plans differ"""
-
-
-def limited(*words: object) -> subprocess.CompletedProcess[str]:
-    """A command with no more than LIMIT of memory for its data, as it starts and where it starts again."""
-    process = start(*words)
-    resource.prlimit(process.pid, resource.RLIMIT_DATA, (LIMIT, LIMIT))
-    out, err = process.communicate(timeout=500)
-    return subprocess.CompletedProcess(process.command, process.returncode, out, err)
-
-
-def test_when_memory_runs_out_the_next_plan_is_taken(tmp_path: Path, beton: Path) -> None:
-    """The limit lies between what the best and the most frugal plan need."""
-    path = write(tmp_path, beton, **HUNGRY)
-    result = limited("train", path, f"run_dir={tmp_path / 'run'}", "memory=64GiB", "max_steps=1")
-    assert result.returncode == 0, result.stderr
-    plans = json.loads((tmp_path / "run" / "plan.json").read_text())
-    assert plans["failed"] > 0
-    assert result.stderr.count("going on with the next plan") == plans["failed"]
-    assert last_entry(tmp_path / "run")["step"] == 1
-
-
-def test_without_a_plan_the_message_says_what_helps(tmp_path: Path, beton: Path) -> None:
-    path = write(tmp_path, beton, **HUNGRY)
-    result = limited("train", path, f"run_dir={tmp_path / 'run'}", "max_steps=1")
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "memory ran out" in result.stderr and "harmony-fast plan" in result.stderr
 
 
 @pytest.mark.parametrize("given", ["24", "much", "-1GiB"])

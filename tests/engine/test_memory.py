@@ -25,13 +25,9 @@ SMALL_BUCKETS = {
 WIDE = {"model__image__width": 64, "model__image__heads": 4, "model__image__depth": 4, "model__text__width": 64}
 SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "plain": (1, {}),
-    "stage0": (1, {"zero__stage": 0}),
-    "wide": (1, WIDE),
     "wide-recomputed": (1, {**WIDE, "activation_checkpointing": {"image": 1, "text": 1}}),
-    "recomputed2": (1, {"activation_checkpointing": {"image": 2, "text": 0}, "precision": "bf16"}),
     "recomputed-bf16": (1, {**WIDE, "activation_checkpointing": {"image": 1, "text": 1}, "precision": "bf16"}),
     "stage0-bf16": (1, {**WIDE, "zero__stage": 0, "activation_checkpointing": {"image": 2}, "precision": "bf16"}),
-    "split": (1, {"pass": "split"}),
     "micro": (1, {"data__batch_size": 8, "data__micro_batch_size": 2}),
     "micro-kept": (1, {"data__batch_size": 8, "data__micro_batch_size": 2, "kept_graphs": 3}),
     "split-micro": (1, {**WIDE, "pass": "split", "data__micro_batch_size": 2, "zero__stage": 2}),
@@ -39,10 +35,7 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "clip": (1, {"objectives": {"contrastive": {"embed_dim": 16}}}),
     "two-stage0": (2, {"zero__stage": 0, "data__batch_size": 8}),
     "two-stage1": (2, {"zero__stage": 1, "data__batch_size": 8}),
-    "two-stage2": (2, {"zero__stage": 2, "data__batch_size": 8, "precision": "bf16"}),
     "two-stage2-wide": (2, {**WIDE, "zero__stage": 2, "data__batch_size": 8, "data__micro_batch_size": 2}),
-    "two-stage2-recomputed": (2, {**WIDE, "zero__stage": 2, "activation_checkpointing": {"image": 1, "text": 1}}),
-    "two-stage3": (2, {"zero__stage": 3, "data__batch_size": 8}),
     "two-stage3-recomputed": (2, {**WIDE, "zero__stage": 3, "activation_checkpointing": {"image": 1, "text": 1}}),
     "two-stage3-bf16": (2, {**WIDE, "zero__stage": 3, "precision": "bf16"}),
 }
