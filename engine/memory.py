@@ -164,7 +164,11 @@ def stepping(config: RunConfig, groups: list[int], ranks: int) -> float:
         return 0.0
     if stage == 0:
         return (element + in_float) * sum(groups)
-    return max((element * sum(groups[i:]) + (element + in_float) * groups[i]) / ranks for i in range(len(groups)))
+    whole = ranks if stage == 1 else 1  # other ranks' parts of the groups that come later have not been let go
+    return max(
+        (element * whole * sum(groups[i + 1 :]) + (2 * element + in_float) * groups[i]) / ranks
+        for i in range(len(groups))
+    )
 
 
 def go_through(config: RunConfig, ranks: int, device: Device = "cuda") -> Passes:

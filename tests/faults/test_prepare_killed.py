@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import start
+from counting import Faults
 from harmony_fast.engine.data.prepare import Summary, prepare
 from harmony_fast.engine.errors import DataError
 from PIL import Image
@@ -52,7 +53,7 @@ def alive(pid: int) -> bool:
 
 
 def test_a_killed_worker_is_an_error_that_names_its_shard(
-    tar: Callable, picture: Callable, encoded: Callable, tmp_path: Path
+    tar: Callable, picture: Callable, encoded: Callable, tmp_path: Path, faults: Faults
 ) -> None:
     shards, output = slow_shards(tar, picture, encoded, [150, 150]), tmp_path / "x.beton"
     with ThreadPoolExecutor(1) as thread:
@@ -64,10 +65,11 @@ def test_a_killed_worker_is_an_error_that_names_its_shard(
     assert "\n" not in str(error.value) and not output.exists()
     wait_for(lambda: not any(map(alive, pids)))
     assert not [p for p in multiprocessing.active_children() if p.pid in pids]
+    faults.injected("SIGKILL of a worker of prepare")
 
 
 def test_kill_9_and_again_gives_the_same_bytes(
-    tar: Callable, picture: Callable, encoded: Callable, pairs: Callable, tmp_path: Path
+    tar: Callable, picture: Callable, encoded: Callable, pairs: Callable, tmp_path: Path, faults: Faults
 ) -> None:
     shards = [tar("first.tar", [*pairs(20), ("a.txt", b"alone")]), *slow_shards(tar, picture, encoded, [40, 40])]
     output = tmp_path / "killed.beton"
@@ -85,6 +87,7 @@ def test_kill_9_and_again_gives_the_same_bytes(
     assert again.rejects_path.read_bytes() == undisturbed.rejects_path.read_bytes()
     assert again.left_out == undisturbed.left_out == {"no image": 1}
     assert not Path(f"{output}.parts").exists()
+    faults.injected("SIGKILL of prepare")
 
 
 def test_two_runs_on_one_output_do_not_mix(tar: Callable, picture: Callable, encoded: Callable, tmp_path: Path) -> None:
@@ -105,7 +108,7 @@ def large_shards(tar: Callable, encoded: Callable) -> list[Path]:
     return [tar(f"{n}.tar", [file for sample in files for file in sample]) for n in range(3)]
 
 
-def test_kill_9_at_any_moment(tar: Callable, encoded: Callable, tmp_path: Path) -> None:
+def test_kill_9_at_any_moment(tar: Callable, encoded: Callable, tmp_path: Path, faults: Faults) -> None:
     """At once, in the middle of reading, while the file is written, and right after it appeared."""
     shards, output = large_shards(tar, encoded), tmp_path / "killed.beton"
     parts = Path(f"{output}.parts")
@@ -120,6 +123,7 @@ def test_kill_9_at_any_moment(tar: Callable, encoded: Callable, tmp_path: Path) 
         process.kill()
         process.communicate()
         assert not output.exists() or moment == output.exists
+        faults.injected("SIGKILL of prepare")
     undisturbed = run(shards, tmp_path / "undisturbed.beton")
     assert output.read_bytes() == undisturbed.path.read_bytes()  # whole as soon as it is there
     assert run(shards, output).path.read_bytes() == undisturbed.path.read_bytes()
@@ -143,7 +147,9 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 
 @pytest.mark.parametrize("room", [0.6, 1.7])  # of the finished file: full while parts are made, or at the end
-def test_a_full_disk(tar: Callable, pairs: Callable, small_disk: Callable, room: float, tmp_path: Path) -> None:
+def test_a_full_disk(
+    tar: Callable, pairs: Callable, small_disk: Callable, room: float, tmp_path: Path, faults: Faults
+) -> None:
     shards = [tar(f"{n}.tar", pairs(40, 100 * n)) for n in range(2)]
     undisturbed = run(shards, tmp_path / "x.beton").path
     size = undisturbed.stat().st_size
@@ -156,6 +162,7 @@ def test_a_full_disk(tar: Callable, pairs: Callable, small_disk: Callable, room:
     assert 1.9 * size < needed * 2**20 < 4 * size
     subprocess.run(["mount", "-o", f"remount,size={int(1024 * (needed + 0.1))}k", str(folder)], check=True)
     assert run(shards, folder / "x.beton").path.read_bytes() == undisturbed.read_bytes()  # what it said was enough
+    faults.injected("disk full under prepare")
 
 
 def test_a_shard_that_changes_between_runs_is_read_again(tar: Callable, pairs: Callable, tmp_path: Path) -> None:
