@@ -50,9 +50,12 @@ rm -rf .venv
 "$python" -m venv .venv
 # Most of what is installed is never imported: compiling all of it would take a minute.
 .venv/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[test]'
-# What is imported is compiled once, here; where bytecode may not be written, every start would do it again (10 s).
+# What is imported is compiled once, here, and by numba what cuts crops; where bytecode may not be written, every start
+# would do it again (10 s).
 env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -W ignore -c '
 import harmony_fast.engine.train, harmony_fast.engine.report, harmony_fast.engine.plan, bitsandbytes, hypothesis, pytest
 import sklearn.linear_model, tensorboard, torchmetrics, transformers
+from harmony_fast.engine.data.crops import compile_ahead
+compile_ahead()
 '
 echo "$wanted" > "$stamp"

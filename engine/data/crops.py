@@ -329,6 +329,13 @@ def cut_batch(
         status[slot] = _cut_sample(stored, key, geometry, most, global_crops[slot], local_crops[slot])
 
 
+def compile_ahead() -> None:
+    """Cut an empty batch: where this was never done, numba compiles for 20 s, which later processes are spared."""
+    places, crops = np.empty(0, np.int64), np.empty((0, 1, 1, 1, 3), np.uint8)
+    key, drawn, status = np.uint64(0), np.ones((3, 2)), np.empty(0, np.int32)
+    cut_batch(places, places, places, places, places, places, key, drawn, MOST_REDUCED, crops, crops, status)
+
+
 def geometry(views: ViewsConfig) -> np.ndarray:
     """The numbers that `cut_batch` draws boxes by: float64 [3, 2], rows global scale, local scale, aspect."""
     return np.array([views.global_scale, views.local_scale, views.aspect], np.float64)

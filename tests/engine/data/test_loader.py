@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from harmony_fast.engine.data import crops as crops_module
 from harmony_fast.engine.data import loader as loader_module
 from harmony_fast.engine.data import reading as reading_module
 from harmony_fast.engine.data.batch import RawBatch
@@ -107,6 +108,14 @@ def test_resuming_in_the_middle_of_an_epoch(beton: Path) -> None:
     assert batches(beton, start_step=3) == []
     with pytest.raises(ValueError, match="step 4"):
         batches(beton, start_step=4)
+
+
+def test_what_is_compiled_ahead_is_what_batches_call(beton: Path) -> None:
+    """Or the first run after set-up would compile for 20 s."""
+    crops_module.compile_ahead()
+    known = list(crops_module.cut_batch.signatures)
+    batches(beton)
+    assert crops_module.cut_batch.signatures == known
 
 
 def test_epochs_differ_and_repeat(beton: Path) -> None:
