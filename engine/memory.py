@@ -37,6 +37,7 @@ Device = Literal["cuda", "cpu"]
 VIEWS, TAUGHT, CUDA, ALLOCATOR = "views", "teacher features", "CUDA", "allocator"
 OPTIMIZER_STEP, GATHERED = "optimizer step", "gathered parameters"
 BLOCKS = (Block, TextBlock)
+"""Of these stage 3 has the parameters of all layers gathered at times in the backward pass"""
 CAPTION_TOKENS = 16
 """Tokens of a caption that the prediction assumes: CC3M's have 10.3 words on average (Sharma et al. 2018)"""
 CONTEXT = 600 * 2**20
@@ -129,8 +130,9 @@ def _moments(config: RunConfig, ranks: int, passes: Passes) -> Iterator[dict[str
     during = {**passes.peak, "buckets": buckets(config, ranks, element)}
     if stage >= 2:
         # There is a place for all of them from the start; with several passes in stage 2 also the sum of the earlier
-        # ones, and the last one's place, which goes as this one's is filled.
-        during[GRADIENTS] = gradients * (3 if stage == 2 and passes.backward > 1 else 1)
+        # ones, which offload has in host memory, and the last one's place, which goes as this one's is filled.
+        again = stage == 2 and passes.backward > 1 and not config.zero.offload_optimizer
+        during[GRADIENTS] = gradients * (3 if again else 1)
     if stage == 3:
         during[GATHERED] = element * passes.together
         first = min(sum(passes.sizes), passes.small + zero["stage3_prefetch_bucket_size"])
@@ -164,9 +166,9 @@ def stepping(config: RunConfig, groups: list[int], ranks: int) -> float:
         return 0.0
     if stage == 0:
         return (element + in_float) * sum(groups)
-    whole = ranks if stage == 1 else 1  # other ranks' parts of the groups that come later have not been let go
+    held = ranks if stage == 1 else 1  # parts of the groups that come later; in stage 1 those of all ranks
     return max(
-        (element * whole * sum(groups[i + 1 :]) + (2 * element + in_float) * groups[i]) / ranks
+        (element * held * sum(groups[i + 1 :]) + (2 * element + in_float) * groups[i]) / ranks
         for i in range(len(groups))
     )
 
