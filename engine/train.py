@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from ..harmony.model import Harmony
 from ..harmony.schedules import Clock
 from .auto_memory import Settled, settle
 from .backends import has_bf16, settle_precision, use_backends
@@ -84,7 +83,7 @@ def run(settled: Settled, ranks: Ranks, stop: StopRequest) -> None:
         if done < last and ranks.is_main:  # a run that goes on with more steps is not finished any more
             (config.run_dir / FINISHED).unlink(missing_ok=True)
         log = Log(config.run_dir, last, done, ranks.is_main)
-        log.say(f"resumed at step {done} of {last}" if saved else describe(config, model, loader, ranks))
+        log.say(f"resumed at step {done} of {last}" if saved else describe(config, zero, loader, ranks))
         greet(log, settled, damaged)
 
         divergence, numbers = Divergence(config, progress), Numbers(settled, log, done, ranks)
@@ -230,10 +229,11 @@ def check_fit(config: RunConfig, loader: AnyLoader) -> None:
         )
 
 
-def describe(config: RunConfig, model: Harmony, loader: AnyLoader, ranks: Ranks) -> str:
+def describe(config: RunConfig, zero: Zero, loader: AnyLoader, ranks: Ranks) -> str:
     """What is about to happen, in one line."""
-    millions = sum(p.numel() for p in model.student.parameters()) / 1e6
-    names = ", ".join(model.objectives)
+    # By their shapes: in stage 3 the parameters themselves are empty between uses.
+    millions = sum(shape.numel() for name, shape in zero.shapes.items() if name.startswith("student.")) / 1e6
+    names = ", ".join(zero.model.objectives)
     return (
         f"{loader.samples:,} samples, {loader.steps_per_epoch} steps an epoch, {config.epochs} epochs; "
         f"student {millions:.1f} M parameters; {names}; {config.precision}, "

@@ -44,6 +44,14 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
     assert len(moved) > 20  # student and teacher have parted
 
 
+def test_the_first_line_says_how_large_the_student_is(config: Path, tmp_path: Path) -> None:
+    """Also in stage 3, where parameters are empty between uses."""
+    words = ("train", config, "max_steps=1")
+    said = [run(*words, f"run_dir={tmp_path / str(stage)}", f"zero.stage={stage}") for stage in (1, 3)]
+    one, three = (next(line for line in text.splitlines() if "M parameters" in line) for text in said)
+    assert one.replace("ZeRO 1", "ZeRO 3") == three and "student 0.0 M" not in one
+
+
 def test_an_interrupted_run_goes_on_with_the_same_losses(config: Path, undisturbed: Path, tmp_path: Path) -> None:
     # Inside an epoch, at the first step of one, at the end; how the file is read makes no difference.
     for stop, reading in ((2, "auto"), (4, "direct"), (STEPS, "page_cache")):
