@@ -22,7 +22,7 @@ from rich.table import Table
 
 from . import contrastive, ema, masked_attention, prototype_ce
 from .comparison import OURS, compare
-from .machine import describe_machine, results_folder
+from .machine import caption, describe_machine, results_folder
 
 OPERATIONS = {
     "masked_attention": masked_attention,
@@ -102,9 +102,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axis.set_xlabel("ms", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    machine = report["machine"]
-    name = machine["gpu"]["name"] if report["device"] == "cuda" else f"{machine['processor']}, {machine['cores']} cores"
-    figure.suptitle(f"{name}; torch {machine['versions']['torch']}; {machine['date']}", fontsize=10)
+    figure.suptitle(caption(report), fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

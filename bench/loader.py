@@ -33,7 +33,7 @@ from ..harmony.randomness import Purpose, sample_keys
 from ..harmony.views import ViewsConfig
 from .loader_pil import Batches, pil
 from .loader_rivals import CONTEXT, SEED, ours, streamed, ten_pipelines, write_images
-from .machine import describe_machine, results_folder, usable_cores
+from .machine import caption, describe_machine, results_folder, usable_cores
 from .timing import Timing, alternate, summary
 
 AUTHORS, PIL_CROPS = "PIL in workers, with augmentation (authors)", "PIL in workers, crops only"
@@ -274,8 +274,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axis.set_xlabel("images/s", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    machine = report["machine"]
-    figure.suptitle(f"{machine['processor']}, {machine['cores']} cores; {machine['date']}", fontsize=10)
+    figure.suptitle(caption(report), fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -67,6 +67,13 @@ def machine_name() -> str:
     return f"cpu-{usable_cores()}-cores"
 
 
+def caption(report: dict[str, Any]) -> str:
+    """Above a picture: what computed (`device`, where a report has one), torch's version, when."""
+    machine, cuda = report["machine"], report.get("device") == "cuda"
+    name = machine["gpu"]["name"] if cuda else f"{machine['processor']}, {machine['cores']} cores"
+    return f"{name}; torch {machine['versions']['torch']}; {machine['date']}"
+
+
 def results_folder() -> Path:
     """The folder of this machine's results."""
     return RESULTS / machine_name()

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from ..engine.distributed import Ranks, join
 from ..engine.memory import predict
-from .machine import describe_machine, results_folder
+from .machine import caption, describe_machine, results_folder
 from .step import configured
 from .step_process import two_steps
 from .step_rivals import Ours, made_samples
@@ -111,6 +111,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=7, frameon=False, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(caption(report), fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

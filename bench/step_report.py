@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .machine import caption
 from .step_rivals import PARTS
 
 COLOURS = ("#d9a441", "#7a9e7e", "#1f6f8b", "#5b8fb0", "#a35d6a", "#8a7ca8", "#b8c4cc")
@@ -89,8 +90,6 @@ def plot(report: dict[str, Any], path: Path) -> None:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     parts = dict(zip(labels, handles, strict=True))  # each name once, though every rival has its parts
     figure.legend(parts.values(), parts.keys(), fontsize=7, ncols=7, frameon=False, loc="outside lower center")
-    machine = report["machine"]
-    name = machine["gpu"]["name"] if report["device"] == "cuda" else f"{machine['processor']}, {machine['cores']} cores"
-    figure.suptitle(f"{name}; torch {machine['versions']['torch']}; {machine['date']}", fontsize=10)
+    figure.suptitle(caption(report), fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)

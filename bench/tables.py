@@ -229,10 +229,24 @@ def kernels(report: dict[str, Any]) -> str:
     for c in report["comparisons"]:
         ours = c["results"].get(OUR_STEP, {}).get("milliseconds")
         failed = "not checked" if c["not_run"].get(OUR_STEP) == UNCHECKED else "failed"
-        shown = failed if ours is None else f"{ours:.3f}"
+        shown = failed if ours is None else f"{ours:.3f}" if ours < 10 else f"{ours:,.1f}"
         rows.append([c["operation"], c["case"], shown, f"{c['speedup']:.2f} x" if c["speedup"] else ""])
     return f"Measured on {_machine(report['machine'])}, {report['machine']['date']}:\n\n" + table(
         ["operation", "case", "ours, ms", "the best other takes"], rows
+    )
+
+
+def memory(report: dict[str, Any]) -> str:
+    """Predicted peaks beside those of steps that were run."""
+    rows = []
+    for case in report["cases"]:
+        found = ["out of memory", ""] if case["measured"] is None else [
+            f"{case['measured'] / 2**30:.2f}", f"{100 * case['error']:+.1f} %",
+        ]  # fmt: skip
+        rows.append([case["tower"], str(case["micro"]), case["setting"], f"{case['predicted'] / 2**30:.2f}", *found])
+    counted = "allocated by torch" if report["device"] == "cuda" else "of live tensors"
+    return f"GiB {counted} on {_machine(report['machine'])}, {report['machine']['date']}:\n\n" + table(
+        ["tower", "samples", "setting", "predicted", "found", "error"], rows
     )
 
 
@@ -285,7 +299,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "loader": loader, "loader.brief": loader_brief, "demo": demo, "aot": aot, "step": step, "step.brief": step_brief,
     "sweep": sweep, "kernels": kernels, "scaling": memory_table, "hours": hours_table, "plan": plan,
     "checkpoints": checkpoints, "faults": faults, "peaks": peaks_table,
-    "peaks.brief": peaks_brief,
+    "peaks.brief": peaks_brief, "memory": memory,
 }  # fmt: skip
 """What makes the part of each name"""
 

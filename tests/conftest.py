@@ -1,5 +1,6 @@
 """Fixtures for all tests: small pictures and tars, a tiny configuration; hypothesis without deadlines."""
 
+import gc
 import io
 import multiprocessing.forkserver
 import os
@@ -34,6 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with tests that may take longer than others come first: nobody waits for them at the end."""
     slow = {item.path for item in items if item.get_closest_marker("timeout")}
     items.sort(key=lambda item: item.path not in slow)
+    gc.collect()
+    gc.freeze()  # what has been imported stays: no need to look through it again and again
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # nanobind's exit handler looks for what is left
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,6 +7,7 @@ standard output, its errors, and where its process id and exit status are writte
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -16,10 +17,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 MESSAGE = 2**18
 """Bytes of the largest message"""
@@ -123,19 +127,45 @@ def main() -> None:
 
     # The first function that numba runs costs 0.8 s; not one with threads, which would not outlive a fork.
     crops.cut(np.zeros((4, 4, 3), np.uint8), (0, 0, 4, 4), np.zeros((2, 2, 3), np.uint8))
+    gc.collect()
+    gc.freeze()  # commands need not look through what is here already
     found = serve(socket.socket(fileno=int(sys.argv[1])))
     if found is None:
-        return
+        end(0)
     words, environment = found
     os.environ.clear()
     os.environ.update(environment)
-    if words[0] == "-m":
-        sys.argv = words[1:]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = words
-        sys.path.insert(0, str(Path(words[0]).parent))
-        runpy.run_path(words[0], run_name="__main__")
+    end(be(words))
+
+
+def be(words: list[str]) -> int:
+    """Run a command; its exit status."""
+    try:
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words
+            sys.path.insert(0, str(Path(words[0]).parent))
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as exit:
+        if exit.code is None or isinstance(exit.code, int):
+            return exit.code or 0
+        print(exit.code, file=sys.stderr)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def end(status: int) -> NoReturn:
+    """As the interpreter does, but for the second that it takes to clear away what the server had imported."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
