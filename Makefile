@@ -1,6 +1,6 @@
 # Two commands do everything: `make demo` and `make test`. Set-up happens by itself, once.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults coverage lint docs clean
+.PHONY: help setup demo test test-faults coverage tools lint docs clean
 
 RUN := .venv/bin/harmony-fast
 TESTS := -m pytest --ignore tests/faults --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -31,14 +31,15 @@ coverage: setup  ## Run them all, and say which lines of the project none of the
 	.venv/bin/coverage combine --quiet
 	.venv/bin/coverage report --skip-covered --show-missing --fail-under=90
 
-lint: setup  ## Check style and types
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[lint]'
+tools: setup
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[lint,docs]'
+
+lint: tools  ## Check style and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check --quiet --exclude "*.md" .
 	scripts/types.sh
 
-docs: setup  ## Build the documentation: build/site/index.html
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+docs: tools  ## Build the documentation: build/site/index.html
 	.venv/bin/python scripts/config_reference.py
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
 

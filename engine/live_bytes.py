@@ -80,7 +80,7 @@ class LiveBytes(TorchDispatchMode):
         self.calls += 1
         if count := flop_registry.get(func._overloadpacket):
             self.flops += count(*args, **(kwargs or {}), out_val=out)
-        for leaf in tree_leaves(out):
+        for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.device.type == self._device:
                 self._see(leaf)
         return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -30,10 +31,13 @@ def call(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
     For below autograd: whether tensors need gradients is not looked at.
     """
-    given = [*_tensors(args), *_tensors(kwargs.values())]
-    if not given or not all(x.is_meta for x in given) or func._schema.is_mutable:
+    if not _makes_new(func):
         return func(*args, **kwargs)
-    key = func, _described(args), tuple(kwargs), _described(kwargs.values())
+    values = _described(args)
+    named = _described(kwargs.values()) if kwargs else ()
+    if values is None or named is None:
+        return func(*args, **kwargs)
+    key = func, values, tuple(kwargs), named
     try:
         found = _known.get(key)
     except TypeError:  # an argument that cannot be hashed
@@ -43,8 +47,35 @@ def call(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return forms[0].make() if kind is Tensor else kind(form.make() for form in forms)
     out = func(*args, **kwargs)
     if key not in _known:
-        _known[key] = _forms(out, given)
+        _known[key] = _forms(out, [*_tensors(args), *_tensors(kwargs.values())])
     return out
+
+
+@cache
+def _makes_new(func: Any) -> bool:
+    """Whether an operator changes nothing, and what it returns is no view, by its schema."""
+    return not func._schema.is_mutable and all(out.alias_info is None for out in func._schema.returns)
+
+
+def _described(values: Any) -> tuple | None:
+    """All that outputs may depend on; None if a tensor has contents.
+
+    Types, because 1, 1.0 and True are equal but give different results.
+    """
+    found: list[Any] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            if not value.is_meta:
+                return None
+            found.append((value.shape, value.stride(), value.dtype))
+        elif isinstance(value, (list, tuple)):
+            inside = _described(value)
+            if inside is None:
+                return None
+            found.append((type(value), inside))
+        else:
+            found.append((type(value), value))
+    return tuple(found)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -53,16 +84,6 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors(value)
-
-
-def _described(values: Any) -> tuple:
-    """All that outputs may depend on. Types, because 1, 1.0 and True are equal but give different results."""
-    return tuple(
-        _form(value) if isinstance(value, Tensor)
-        else (type(value), _described(value)) if isinstance(value, (list, tuple))
-        else (type(value), value)
-        for value in values
-    )  # fmt: skip
 
 
 def _form(x: Tensor) -> Form:

@@ -31,12 +31,16 @@ settings.register_profile("first-failure", deadline=None, phases=[Phase.explicit
 Files = list[tuple[str, bytes]]
 
 
+def pytest_collection() -> None:
+    gc.disable()  # most of what is imported now stays
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with tests that may take longer than others come first: nobody waits for them at the end."""
     slow = {item.path for item in items if item.get_closest_marker("timeout")}
     items.sort(key=lambda item: item.path not in slow)
-    gc.collect()
-    gc.freeze()  # what has been imported stays: no need to look through it again and again
+    gc.freeze()  # no need to look through what stays again and again
+    gc.enable()
 
 
 def pytest_sessionfinish() -> None:
