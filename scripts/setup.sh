@@ -52,10 +52,11 @@ rm -rf .venv
 .venv/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[test]'
 # What is imported is compiled once, here, and by numba what cuts crops; where bytecode may not be written, every start
 # would do it again (10 s).
-env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -W ignore -c '
+compile() { env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -W ignore -c "$1"; }
+compile 'from harmony_fast.engine.data.crops import compile_ahead; compile_ahead()' &
+compile '
 import harmony_fast.engine.train, harmony_fast.engine.report, harmony_fast.engine.plan, bitsandbytes, hypothesis, pytest
 import sklearn.linear_model, tensorboard, torchmetrics, transformers
-from harmony_fast.engine.data.crops import compile_ahead
-compile_ahead()
 '
+wait $!
 echo "$wanted" > "$stamp"

@@ -32,13 +32,13 @@ def config(**over: Any) -> dict[str, Any]:
     return raw
 
 
-def run(folder: Path, ranks: int, settings: Settings) -> dict[str, dict[str, Any]]:
+def run(folder: Path, ranks: int, settings: Settings, **environment: str) -> dict[str, dict[str, Any]]:
     """The worker on some ranks under each setting; what rank 0 found."""
-    start(WORKER, folder, ranks, settings)
+    start(WORKER, folder, ranks, settings, **environment)
     return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in settings}
 
 
-def start(worker: Path, folder: Path, ranks: int, settings: dict[str, Any]) -> None:
+def start(worker: Path, folder: Path, ranks: int, settings: dict[str, Any], **environment: str) -> None:
     """`python WORKER SETTINGS.json FOLDER` on some ranks; all must end well."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.json").write_text(json.dumps(settings))
@@ -47,7 +47,7 @@ def start(worker: Path, folder: Path, ranks: int, settings: dict[str, Any]) -> N
         commands.start(
             folder / "settings.json", folder, command=command, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks,
             LOCAL_WORLD_SIZE=ranks, GLOO_SOCKET_IFNAME="lo", HARMONY_FAST_STORE=folder / "store",
-            HARMONY_FAST_KERNELS="torch",
+            HARMONY_FAST_KERNELS="torch", **environment,
         )
         for rank in range(ranks)
     ]  # fmt: skip

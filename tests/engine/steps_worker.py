@@ -4,6 +4,7 @@ the engine's own passes, optimizer and EMA on made-up samples, and writes losses
 
 import functools
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -99,6 +100,8 @@ def train(config: RunConfig, ranks: Ranks, steps: int, save: bool = False) -> di
 def main(settings: Path, out: Path) -> None:
     """All settings of the file: {"name": [configuration, steps, whether to save], ...}."""
     count_bytes()
+    if backend := os.environ.get("COMPILED_BY"):
+        torch.compile = functools.partial(torch.compile, backend=backend)
     ranks = join()
     for name, (raw, steps, save) in json.loads(settings.read_text()).items():
         result = train(parse_config(raw, name), ranks, steps, save)

@@ -34,12 +34,12 @@ def test_interrupted_at_random(
 ) -> None:
     """TIMES starts, each interrupted a random time after it began its steps, the last one allowed to finish.
 
-    Two ranks have a launcher every fourth time; else all of them get the signal, as a scheduler sends it.
+    Two ranks have a launcher every seventh time; else all of them get the signal, as a scheduler sends it.
     """
     folder, draw = tmp_path / "run", random.Random(ranks)
     words = ("train", config, f"run_dir={folder}", f"max_steps={STEPS}", "checkpoint_every=1")
     for k in range(TIMES):
-        launched = ranks == 1 or k % 4 == 0
+        launched = ranks == 1 or k % 7 == 0
         processes = [start(*words, "--ranks", ranks)] if launched else start_ranks(ranks, tmp_path / "store", *words)
         before = writing(folder)
         while all(process.poll() is None for process in processes) and writing(folder) == before:
