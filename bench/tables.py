@@ -139,8 +139,9 @@ def demo(report: dict[str, Any]) -> str:
         ["caption to image, recall@1 / @10", percent(back["r1"], back["r10"]), "0.05 / 0.5"],
         ["nearest neighbours over 99 subcategories, top-1", percent(metrics["knn"]["top1"]), "3.2"],
     ]
-    return f"Training and evaluation took {minutes} min {seconds} s on {_machine(report['machine'])}.\n\n" + table(
-        ["on the held-out artist's drawings", "%", "chance"], rows
+    return (
+        f"Training and evaluation took {minutes} min {seconds} s on {_machine(report['machine'])}, "
+        f"{report['machine']['date']}.\n\n" + table(["on the held-out artist's drawings", "%", "chance"], rows)
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from ..harmony.model import Harmony
 from ..harmony.objectives import Collectives
 from ..harmony.schedules import Clock
 from ..harmony.text_encoder import TextBlock
-from ..harmony.views import Views, assemble, draw_block_masks, draw_masks
+from ..harmony.views import Masks, Views, ViewsConfig, assemble, draw_block_masks, draw_masks
 from ..kernels import dispatch
 from .accumulate import accumulate
 from .backends import DTYPES, settle_precision
@@ -188,14 +189,14 @@ def go_through(config: RunConfig, ranks: int, device: Device = "cuda") -> Passes
     clock = Clock(0, 10, config.epochs)
     threshold = deepspeed_config(config, ranks)["zero_optimization"]["stage3_param_persistence_threshold"]
     small = sum(p.numel() for p in model.parameters() if p.numel() <= threshold)
-    samples, parts = imagined_samples(config, ranks), count_micro_batches(config, imagined)
+    (samples, masks), parts = _drawn(config, ranks), count_micro_batches(config, imagined)
     live = LiveBytes("meta", 0.0 if config.zero.stage >= 2 else 1.0)
     _name_parts(live, model)
     # What operators keep differs between backends.
     products = products_for(torch.device(device), DTYPES[config.precision])
     with dispatch.preferring("torch" if device == "cpu" else config.kernels.model_dump()), live, products:
         zero = Imagined(model, live)
-        views = _ImaginedViews(config, samples, parts, live)
+        views = _ImaginedViews(config, samples, masks, parts, live)
         accumulate(zero, views, clock, imagined, config.pass_mode == "split", config.kept_graphs)
     buffers = sum(b.nbytes for b in model.buffers())
     peak: dict[str, float] = {label: size for label, size in live.at_peak.items() if size}
@@ -226,17 +227,32 @@ def imagined_samples(config: RunConfig, ranks: int) -> RawBatch:
     They are such that every plain crop needs a sequence of its own, where half of them do without on average: what has
     room for these has room for any.
     """
-    own, v, text = config.data.batch_size // ranks, config.views, config.model.text
-    tokens = torch.zeros(own, text.context, dtype=torch.int64)
-    tokens[:, : min(CAPTION_TOKENS, text.context)] = 1
-    tokens[:, min(CAPTION_TOKENS, text.context) - 1] = text.vocabulary - 1
+    return _drawn(config, ranks)[0]
+
+
+def _drawn(config: RunConfig, ranks: int) -> tuple[RawBatch, Masks]:
+    """The samples, and their masks."""
+    own, views, text = config.data.batch_size // ranks, config.views.model_dump_json(by_alias=True), config.model.text
+    return _draw(views, config.model.image.patch_size, text.context, text.vocabulary, own, config.seed)
+
+
+@lru_cache(maxsize=4)  # the plans of a search differ in other things
+def _draw(
+    views: str, patch_size: int, context: int, vocabulary: int, own: int, seed: int
+) -> tuple[RawBatch, Masks]:  # fmt: skip
+    v = ViewsConfig.model_validate_json(views)
+    tokens = torch.zeros(own, context, dtype=torch.int64)
+    tokens[:, : min(CAPTION_TOKENS, context)] = 1
+    tokens[:, min(CAPTION_TOKENS, context) - 1] = vocabulary - 1
     global_crops, local_crops = (
         torch.empty(own, count, side, side, 3, dtype=torch.uint8, device="meta")
         for count, side in ((v.global_crops, v.global_size), (v.local_crops, v.local_size))
     )
     index = torch.arange(3 * own + 64)
-    hidden = draw_block_masks(v, config.model.image.patch_size, index, config.seed, 0)[0].any(1)
-    return RawBatch(global_crops, local_crops, tokens, torch.cat([index[hidden], index[~hidden]])[:own])
+    hidden = draw_block_masks(v, patch_size, index, seed, 0)[0].any(1)
+    index = torch.cat([index[hidden], index[~hidden]])[:own]
+    masks = draw_masks(v, patch_size, tokens, index, seed, 0, v.pixel_mask_ratio)
+    return RawBatch(global_crops, local_crops, tokens, index), masks
 
 
 class _Ranks(Collectives):
@@ -271,13 +287,9 @@ class Imagined:
 class _ImaginedViews:
     """In the place of `StepViews`: the same shapes, nothing augmented."""
 
-    def __init__(self, config: RunConfig, samples: RawBatch, parts: int, live: LiveBytes) -> None:
-        self._config, self._parts, self._live = config, parts, live
+    def __init__(self, config: RunConfig, samples: RawBatch, masks: Masks, parts: int, live: LiveBytes) -> None:
+        self._config, self._masks, self._parts, self._live = config, masks, parts, live
         self._size = len(samples.index) // parts
-        self._masks = draw_masks(
-            config.views, config.model.image.patch_size, samples.tokens, samples.index, config.seed, 0,
-            config.views.pixel_mask_ratio,
-        )  # fmt: skip
 
     def __len__(self) -> int:
         return self._parts

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import tarfile
 import threading
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from harmony_fast.engine.errors import UserError
 from harmony_fast.engine.sweep import EVALUATED, Trial, plan_trial, run
 from harmony_fast.engine.sweep_recipes import DEMO, Budget, settle_budget, under_budget
 from harmony_fast.engine.sweep_results import as_markdown, collect, draw
-from tiny import tiny_config
+from tiny import first_samples, tiny_config
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
@@ -30,14 +29,6 @@ STEPS = 60
 
 def write_yaml(path: Path, raw: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(raw))
-    return path
-
-
-def first_samples(source: Path, path: Path, count: int) -> Path:
-    """A tar of the first samples of another, three files each."""
-    with tarfile.open(source) as whole, tarfile.open(path, "w") as part:
-        for _, member in zip(range(3 * count), whole, strict=False):
-            part.addfile(member, whole.extractfile(member))
     return path
 
 
