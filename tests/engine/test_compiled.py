@@ -22,8 +22,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "model__image__drop_path": 0.0, "model__image__depth": 1, "objectives": {"contrastive": {"embed_dim": 16}},
     }),
 }  # fmt: skip
-"""Torch's backend, and the settings. The graphs are the same for all backends; inductor makes dozens of libraries of the
-smallest model's, each with a run of g++"""
+"""Torch's backend, and the settings. The graphs are the same for all; inductor, which a run takes, makes dozens of
+libraries of the smallest model's, each with a run of g++"""
 
 
 @pytest.mark.timeout(900)
