@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ..kernels.dispatch import half_products
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = (ROOT / "bench" if (ROOT / "pyproject.toml").is_file() else Path("bench")) / "results"
 """Of the checkout; where the package is installed without one, of the working folder"""
@@ -61,10 +63,10 @@ def versions() -> dict[str, str]:
 
 
 def machine_name() -> str:
-    """A folder name: "nvidia-h200", "cpu-2-cores"."""
+    """A folder name: "nvidia-h200", "cpu-2-cores", "cpu-2-cores-bf16" where the processor multiplies in bf16."""
     if torch.cuda.is_available():
         return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    return f"cpu-{usable_cores()}-cores"
+    return f"cpu-{usable_cores()}-cores" + ("-bf16" if half_products(torch.bfloat16) else "")
 
 
 def caption(report: dict[str, Any]) -> str:

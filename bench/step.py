@@ -124,7 +124,8 @@ def measure_case(
     if micro % (options.pieces or 1):
         raise UserError(f"--micro {micro} samples cannot be cut into --pieces {options.pieces} of one size")
     if kind == "step" and options.pieces is None and device.type == "cpu":
-        config = cut_to(GOALS["cpu"][precision][1] * baseline_peak(config), config)
+        reference = with_overrides(config, ["precision=fp32"])
+        config = cut_to(GOALS["cpu"][precision][1] * baseline_peak(reference), config)
     else:
         config = with_overrides(config, [f"data.micro_batch_size={micro // (options.pieces or 1)}"])
     views = StepViews(config, made_samples(config), CLOCK)[0].to(torch.device("meta"))

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from ..kernels.dispatch import half_products
 from .doctor_kernels import Check, check_kernels
 from .host_memory import host_memory
 from .sizes import GIB
@@ -108,7 +109,7 @@ def _processor() -> Iterator[Finding]:
     yield Finding(
         "processor", "cores", "ok", f"{cores} usable, {name}; {' '.join(known) or 'no vector extensions known'}"
     )
-    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    native = half_products(torch.bfloat16)
     yield Finding(
         "processor", "bf16", "ok" if native else "missing",
         "multiplies in bf16" if native else "no bf16 instructions: products run in fp32",

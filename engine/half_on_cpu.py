@@ -13,6 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from ..kernels.dispatch import half_products
+
 HALF = (torch.bfloat16, torch.float16)
 PRODUCTS = {
     torch.ops.aten.mm.default,
@@ -43,8 +45,4 @@ def products_for(device: torch.device, dtype: torch.dtype) -> AbstractContextMan
     """The mode to train in: `ProductsInFloat` where the processor needs it, nothing elsewhere."""
     if device.type != "cpu" or dtype not in HALF:
         return nullcontext()
-    native = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return nullcontext() if native[dtype]() else ProductsInFloat()
+    return nullcontext() if half_products(dtype) else ProductsInFloat()

@@ -130,3 +130,12 @@ def _capability(device: torch.device) -> tuple[int, int]:
 @cache
 def _has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
+
+
+def half_products(dtype: torch.dtype) -> bool:
+    """Whether this processor (not a GPU) multiplies matrices in a half precision, by oneDNN; False for other dtypes."""
+    native = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype in native and native[dtype]()

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ._attention_layout import Layout, layout_of
 from ._context import Context
-from .dispatch import choose
+from .dispatch import choose, half_products
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TRITON_WIDEST = 128
 """The largest head dimension of the Triton kernels."""
-_DENSE_BACKWARD = 2**25
-"""Attention weights that the compiled torch backend's backward pass holds at once: 128 MiB in fp32."""
+_WRITTEN = {"cuda": 2**25, "cpu": 2**19}
+"""Attention weights that exist at once where they are written out: 128 MiB in fp32; on a CPU what its caches hold"""
 
 
 def masked_attention(
@@ -210,14 +210,17 @@ class _OnCpu(torch.autograd.Function):
             masks.append((idle, options))
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         ctx.save_for_backward(q, k, v, whole, *sums)
-        ctx.constants = layout, masks
+        ctx.constants = layout, masks, key_mask, causal, scale
         return whole
 
     @staticmethod
     def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of q, k, v."""
         q, k, v, whole, *sums = ctx.saved_tensors
-        layout, masks = ctx.constants
+        layout, masks, *constants = ctx.constants
+        if q.device.type == "cpu" and half_products(q.dtype):
+            # PyTorch's operator takes twice as long as products in half precision, with short sequences four times.
+            return *_dense_backward(gradients[0], q, k, v, whole, layout, *constants), None, None, None, None
         parts = []
         for (block, shape), lse, (idle, options) in zip(_blocks(layout), sums, masks, strict=True):
             dout, *inputs = (_heads_first(x, block, shape) for x in (gradients[0], q, k, v, whole))
@@ -262,25 +265,32 @@ def _allowed(
     return allowed | idle, idle
 
 
+def _pieces(layout: Layout, q: Tensor) -> Iterator[tuple[slice, tuple[int, int]]]:
+    """`_blocks`, cut into as many sequences as may have their attention weights written out at once, at least one."""
+    for block, (count, length) in _blocks(layout):
+        step = max(1, _WRITTEN[q.device.type] // (q.shape[1] * length**2))
+        for first in range(0, count, step):
+            shape = min(step, count - first), length
+            start = block.start + first * length
+            yield slice(start, start + shape[0] * length), shape
+
+
 def _dense_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, layout: Layout, key_mask: Tensor | None, causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv with the attention weights written out for a few sequences at a time.
 
-    For the operator under `torch.compile` on the torch backend: inside an operator there is no autograd to ask.
+    On a CPU in half precision, and for the operator under `torch.compile` on the torch backend, inside which there is
+    no autograd to ask.
     """
     gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    for block, (count, length) in _blocks(layout):
-        step = max(1, _DENSE_BACKWARD // (q.shape[1] * length**2))
-        for first in range(0, count, step):
-            shape = min(step, count - first), length
-            piece = slice(block.start + first * length, block.start + (first + shape[0]) * length)
-            do, qs, ks, vs, o = (x[piece].unflatten(0, shape).transpose(1, 2) for x in (dout, q, k, v, out))
-            allowed, idle = _allowed(key_mask, piece, shape, causal)
-            results = _dense_gradients(do, qs, ks, vs, o, allowed, idle, causal, scale)
-            for gradient, result in zip(gradients, results, strict=True):
-                gradient[piece] = result.transpose(1, 2).flatten(0, 1)
+    for piece, shape in _pieces(layout, q):
+        do, qs, ks, vs, o = (_heads_first(x, piece, shape) for x in (dout, q, k, v, out))
+        allowed, idle = _allowed(key_mask, piece, shape, causal)
+        results = _dense_gradients(do, qs, ks, vs, o, allowed, idle, causal, scale)
+        for gradient, result in zip(gradients, results, strict=True):
+            gradient[piece] = _tokens_first(result)
     return gradients
 
 
@@ -288,17 +298,21 @@ def _dense_gradients(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, allowed: Tensor | None, idle: Tensor | None,
     causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The formulas of `_attention_kernels`, on [count, H, length, D]."""
+    """The formulas of `_attention_kernels`, on [count, H, length, D]; products of half-precision operands in it."""
+    p = _weights(q, k, allowed, idle, causal, scale)
+    ds = (dout @ v.transpose(-1, -2)).to(p.dtype) - (dout * out.to(p.dtype)).sum(-1, keepdim=True)
+    ds = ds.mul_(p).mul_(scale).to(q.dtype)
+    return ds @ k, ds.transpose(-1, -2) @ q, p.to(q.dtype).transpose(-1, -2) @ dout
+
+
+def _weights(q: Tensor, k: Tensor, allowed: Tensor | None, idle: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """softmax(scale Q K^T) of [count, H, length, D], at least in fp32: [count, H, length, length]; zeros where idle."""
     work = torch.promote_types(q.dtype, torch.float32)
-    dout, q, k, v, out = (x.to(work) for x in (dout, q, k, v, out))
     if causal and allowed is None:
         allowed = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
-    scores = q @ k.transpose(-1, -2) * scale
-    p = (scores if allowed is None else scores.masked_fill(~allowed, -math.inf)).softmax(-1)
-    if idle is not None:
-        p = p.masked_fill(idle, 0)
-    ds = p * (dout @ v.transpose(-1, -2) - (dout * out).sum(-1, keepdim=True)) * scale
-    return ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ dout
+    scores = (q.to(work) * scale) @ k.to(work).transpose(-1, -2)
+    p = (scores if allowed is None else scores.masked_fill_(~allowed, -math.inf)).softmax(-1)
+    return p if idle is None else p.masked_fill_(idle, 0)
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool, scale: float) -> Tensor:
