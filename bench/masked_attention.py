@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import masked_attention
+from ..kernels.dispatch import half_products
 from ..kernels.masked_attention import reference
 from .comparison import OURS, Comparison, Result, gradients
 
@@ -28,9 +29,14 @@ def comparisons(device: torch.device) -> list[Comparison]:
     if device.type != "cuda":
         mix = _mix(4)
         text = sorted((captions.randint(8, 77) for _ in range(64)), reverse=True)
+        dtypes = {"": torch.float32} | ({", bf16": torch.bfloat16} if half_products(torch.bfloat16) else {})
         return [
-            _case("mix of 4 samples, 6 heads x 64", mix, 6, torch.float32, device),
-            _case("64 captions, causal, 8 heads x 64", text, 8, torch.float32, device, causal=True),
+            case
+            for named, dtype in dtypes.items()
+            for case in (
+                _case(f"mix of 4 samples, 6 heads x 64{named}", mix, 6, dtype, device),
+                _case(f"64 captions, causal, 8 heads x 64{named}", text, 8, dtype, device, causal=True),
+            )
         ]
     text = sorted((captions.randint(8, 77) for _ in range(2048)), reverse=True)
     cases = [_case("ViT-B, mix of 96 samples", _mix(96), 12, torch.bfloat16, device, flex=True)]

@@ -35,7 +35,7 @@ from .machine import describe_machine, results_folder
 from .step_process import Apart, Make
 from .step_report import plot, show
 from .step_rivals import Baseline, OpenClip, Ours, count_open_clip, made_samples
-from .timing import in_turns, product_rate
+from .timing import Timing, in_turns, product_rate
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OURS, BASELINE, OPEN_CLIP = "harmony-fast", "four passes", "open_clip"
@@ -47,7 +47,7 @@ VARIANTS = {
 }  # fmt: skip
 """Ours in other ways; micro-batches: four of them, with the contrast of the whole step"""
 ROOMY = 0.75
-"""Share of the host's memory up to which rivals keep what they took between their turns"""
+"""Share of the host's memory up to which rivals keep between their turns what they took"""
 GOALS = {"cpu": {"fp32": (1.5, 0.5), "bf16": (2.5, 0.5)}, "cuda": {"bf16": (3.0, 0.35)}}
 """By device and precision: how many times the baseline's samples/s, and which share of its peak memory, ours is to
 reach; with bf16 on a CPU, of the baseline in fp32"""
@@ -207,7 +207,12 @@ def tokens_a_sample(config: RunConfig) -> int:
 
 
 def measure_all(everyone: dict[str, Contender], options: argparse.Namespace) -> dict[str, dict[str, Any]] | None:
-    """All rivals beside each other, their timed steps in turn. None if one runs out of memory."""
+    """All rivals beside each other, their timed steps in turn. None if one runs out of memory.
+
+    Where their peaks together would fill the host's memory, the first takes turns with one other after the other; what
+    counts of it is the last time, beside whom the others are compared with.
+    """
+    timed: dict[str, Timing] = {}
     try:
         with ExitStack() as running:
             rivals: dict[str, Apart] = {}
@@ -215,9 +220,17 @@ def measure_all(everyone: dict[str, Contender], options: argparse.Namespace) -> 
             for name, contender in everyone.items():
                 rivals[name] = running.enter_context(Apart(contender.make, contender.config))
                 found[name] = rivals[name].examine(options.profile)
-            crowded = sum(f["peak_mib"] * 2**20 for f in found.values()) > ROOMY * host_memory()
-            turns = {name: partial(rival.turn, crowded) for name, rival in rivals.items()}
-            timed = in_turns(turns, rounds=options.rounds, seconds=options.seconds)
+
+            def crowded(names: Sequence[str]) -> bool:
+                return sum(found[name]["peak_mib"] * 2**20 for name in names) > ROOMY * host_memory()
+
+            first, *others = rivals
+            groups = [[first, other] for other in others] if others and crowded([*rivals]) else [[*rivals]]
+            for group in groups:
+                turns = {name: partial(_turn, rivals[name], crowded(group)) for name in group}
+                timed |= in_turns(turns, rounds=options.rounds, seconds=options.seconds)
+                for name in group:
+                    rivals[name].give_back()
     except torch.OutOfMemoryError:
         return None
     for name, timing in timed.items():
@@ -225,6 +238,14 @@ def measure_all(everyone: dict[str, Contender], options: argparse.Namespace) -> 
             "milliseconds": timing.median, "quartiles": [timing.low, timing.high], "rounds": timing.samples,
         }  # fmt: skip
     return found
+
+
+def _turn(rival: Apart, crowded: bool) -> float:
+    """Milliseconds of a step. crowded: it gives back what it took."""
+    milliseconds = rival.turn()
+    if crowded:
+        rival.give_back()
+    return milliseconds
 
 
 def measure_each(everyone: dict[str, Contender], options: argparse.Namespace) -> dict[str, dict[str, Any]]:

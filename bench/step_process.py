@@ -2,7 +2,8 @@
 
 One heap for all would not do: what one rival leaves in it makes page faults in the next one's steps, a quarter of their
 time on a CPU. All have malloc keep its pages, as `harmony-fast train` does. Where they would not fit beside each other,
-a rival gives back between its turns what it does not hold; a step then faults those pages in, each once.
+a rival gives back between its turns what it does not hold; a step then faults those pages in, each once, which makes
+it slower.
 """
 
 from __future__ import annotations
@@ -59,9 +60,13 @@ class Apart:
         """See `examine`; once, before anything else."""
         return self._ask(profile)
 
-    def turn(self, crowded: bool) -> float:
-        """Milliseconds of a step, to its end. crowded: give back afterwards what it took, for the others' turns."""
-        return self._ask(crowded)
+    def turn(self) -> float:
+        """Milliseconds of a step, to its end."""
+        return self._ask("step")
+
+    def give_back(self) -> None:
+        """Give the system what it does not hold between steps, for the others' turns."""
+        self._ask("release")
 
     def _ask(self, question: object) -> Any:
         try:
@@ -86,11 +91,9 @@ def _serve(make: Make, config: RunConfig, pipe: Connection) -> None:
         rival, found = examine(lambda: make(config, batch, ranks), ranks.device, profile=pipe.recv())
         pipe.send(found)
         release(ranks.device)
+        answers = {"step": lambda: measure(rival.step, ranks.device), "release": lambda: release(ranks.device)}
         while True:
-            crowded = pipe.recv()
-            pipe.send(measure(rival.step, ranks.device))
-            if crowded:
-                release(ranks.device)
+            pipe.send(answers[pipe.recv()]())
     except torch.OutOfMemoryError as error:
         pipe.send(error)
 

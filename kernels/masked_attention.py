@@ -23,6 +23,8 @@ TRITON_WIDEST = 128
 """The largest head dimension of the Triton kernels."""
 _WRITTEN = {"cuda": 2**25, "cpu": 2**19}
 """Attention weights that exist at once where they are written out: 128 MiB in fp32; on a CPU what its caches hold"""
+_LONGEST_WRITTEN = 512
+"""Tokens of the longest sequence whose weights a CPU writes out by choice: 16 MiB in fp32 for 16 heads"""
 
 
 def masked_attention(
@@ -218,8 +220,8 @@ class _OnCpu(torch.autograd.Function):
         """The gradients of q, k, v."""
         q, k, v, whole, *sums = ctx.saved_tensors
         layout, masks, *constants = ctx.constants
-        if q.device.type == "cpu" and half_products(q.dtype):
-            # PyTorch's operator takes twice as long as products in half precision, with short sequences four times.
+        if half_products(q.dtype) and q.device.type == "cpu" and layout.longest <= _LONGEST_WRITTEN:
+            # Products in half precision are faster than PyTorch's operator, most of all for short sequences.
             return *_dense_backward(gradients[0], q, k, v, whole, layout, *constants), None, None, None, None
         parts = []
         for (block, shape), lse, (idle, options) in zip(_blocks(layout), sums, masks, strict=True):

@@ -1,6 +1,7 @@
 import importlib
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from harmony_fast.kernels.masked_attention_triton import TUNING, Tiles
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
 HALF = (torch.float16, torch.bfloat16)
@@ -108,6 +110,38 @@ def test_torch_in_low_precision(torch_backend: None, dtype: torch.dtype, causal:
     inputs = tensors(lengths, dtype=dtype)
     check(lengths, inputs, causal=causal, key_mask=key_masks(lengths, 3), scale=0.5)
     check(lengths, inputs, causal=causal)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("longest", [70, 600])
+def test_half_precision_on_processors_with_and_without_products_in_it(
+    torch_backend: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, native: bool, longest: int
+) -> None:
+    """The backward pass writes attention weights out where products are native, but not those of long sequences."""
+    module = importlib.import_module("harmony_fast.kernels.masked_attention")
+    monkeypatch.setattr(module, "half_products", lambda _: native)
+    monkeypatch.setattr(module, "_WRITTEN", {"cpu": 3 * 70**2})
+    lengths = [longest, 37, 37, 37, 37, 37, 37, 37, 37, 37, 0, 5, 1]
+    inputs = tensors(lengths, dtype=dtype)
+    with Operators() as called:
+        check(lengths, inputs)
+        check(lengths, inputs, causal=True)
+        check(lengths, inputs, causal=True, key_mask=key_masks(lengths, 3), scale=0.5)
+    written = "aten._scaled_dot_product_flash_attention_for_cpu_backward.default" not in called.names
+    assert written == (native and longest <= 512)
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("causal", [False, True])
