@@ -28,6 +28,7 @@ def describe_machine() -> dict[str, Any]:
         "commit": commit(),
         "system": platform.platform(terse=True),
         "processor": processor(),
+        "instructions": instructions(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -93,6 +94,12 @@ def processor() -> str:
     except OSError:
         found = None
     return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def instructions() -> str:
+    """What PyTorch uses of the processor's vector instructions: "AVX2", "AVX512 with bf16"."""
+    with_bf16 = " with bf16" if half_products(torch.bfloat16) else ""
+    return torch.backends.cpu.get_cpu_capability() + with_bf16
 
 
 def commit() -> str:

@@ -256,7 +256,8 @@ def _machine(machine: dict[str, Any]) -> str:
     if machine.get("gpu"):
         return f"one {machine['gpu']['name']}"
     cores = f"{machine['cores']} cores of an {machine['processor']}" if "cores" in machine else machine["processor"]
-    return f"{cores}, {machine['memory_gib']:.0f} GiB"
+    known = f", {machine['instructions']}" if "instructions" in machine else ""
+    return f"{cores}{known}, {machine['memory_gib']:.0f} GiB"
 
 
 def plan(report: dict[str, Any]) -> str:

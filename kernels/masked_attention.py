@@ -128,7 +128,7 @@ def _backward_op(
     if _backend(q, key_mask) == "triton":
         dout, q, k, v = map(_rows_contiguous, (dout, q, k, v))
         return _triton().backward(dout, q, k, v, out, lse, layout, key_mask, causal, scale)
-    return _dense_backward(dout, q, k, v, out, layout, key_mask, causal, scale)
+    return _dense_backward(dout, q, k, v, layout, key_mask, causal, scale)
 
 
 @_backward_op.register_fake
@@ -222,7 +222,7 @@ class _OnCpu(torch.autograd.Function):
         layout, masks, *constants = ctx.constants
         if half_products(q.dtype) and q.device.type == "cpu" and layout.longest <= _LONGEST_WRITTEN:
             # Products in half precision are faster than PyTorch's operator, most of all for short sequences.
-            return *_dense_backward(gradients[0], q, k, v, whole, layout, *constants), None, None, None, None
+            return *_dense_backward(gradients[0], q, k, v, layout, *constants), None, None, None, None
         parts = []
         for (block, shape), lse, (idle, options) in zip(_blocks(layout), sums, masks, strict=True):
             dout, *inputs = (_heads_first(x, block, shape) for x in (gradients[0], q, k, v, whole))
@@ -278,9 +278,8 @@ def _pieces(layout: Layout, q: Tensor) -> Iterator[tuple[slice, tuple[int, int]]
 
 
 def _dense_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, layout: Layout, key_mask: Tensor | None, causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: Layout, key_mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv with the attention weights written out for a few sequences at a time.
 
     On a CPU in half precision, and for the operator under `torch.compile` on the torch backend, inside which there is
@@ -288,33 +287,39 @@ def _dense_backward(
     """
     gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     for piece, shape in _pieces(layout, q):
-        do, qs, ks, vs, o = (_heads_first(x, piece, shape) for x in (dout, q, k, v, out))
-        allowed, idle = _allowed(key_mask, piece, shape, causal)
-        results = _dense_gradients(do, qs, ks, vs, o, allowed, idle, causal, scale)
+        inputs = (_heads_first(x, piece, shape) for x in (dout, q, k, v))
+        results = _dense_gradients(*inputs, *_allowed(key_mask, piece, shape, causal), causal, scale)
         for gradient, result in zip(gradients, results, strict=True):
             gradient[piece] = _tokens_first(result)
     return gradients
 
 
 def _dense_gradients(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, allowed: Tensor | None, idle: Tensor | None,
-    causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The formulas of `_attention_kernels`, on [count, H, length, D]; products of half-precision operands in it."""
-    p = _weights(q, k, allowed, idle, causal, scale)
-    ds = (dout @ v.transpose(-1, -2)).to(p.dtype) - (dout * out.to(p.dtype)).sum(-1, keepdim=True)
-    ds = ds.mul_(p).mul_(scale).to(q.dtype)
-    return ds @ k, ds.transpose(-1, -2) @ q, p.to(q.dtype).transpose(-1, -2) @ dout
-
-
-def _weights(q: Tensor, k: Tensor, allowed: Tensor | None, idle: Tensor | None, causal: bool, scale: float) -> Tensor:
-    """softmax(scale Q K^T) of [count, H, length, D], at least in fp32: [count, H, length, length]; zeros where idle."""
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    allowed: Tensor | None,
+    idle: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> list[Tensor]:
+    """dq, dk, dv [count, H, length, D] of tensors of that shape; softmax at least in fp32, products in their dtype."""
     work = torch.promote_types(q.dtype, torch.float32)
+    dout, q, k, v = (x.contiguous() for x in (dout, q, k, v))
+    scores = (q.to(work) * scale) @ k.to(work).transpose(-1, -2)
     if causal and allowed is None:
         allowed = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
-    scores = (q.to(work) * scale) @ k.to(work).transpose(-1, -2)
-    p = (scores if allowed is None else scores.masked_fill_(~allowed, -math.inf)).softmax(-1)
-    return p if idle is None else p.masked_fill_(idle, 0)
+    if allowed is not None:
+        scores.masked_fill_(~allowed, -math.inf)
+    p = scores.softmax(-1).to(q.dtype)
+    if idle is not None:
+        p.masked_fill_(idle, 0)
+    ds = torch.ops.aten._softmax_backward_data(dout @ v.transpose(-1, -2), p, -1, p.dtype)
+    ds, p, dout, *qk = (x.flatten(0, 1) for x in (ds, p, dout, q, k))
+    none = q.new_empty(())  # alpha scales in the products, which spares a pass over ds
+    dk, dq = (torch.baddbmm(none, a, b, beta=0, alpha=scale) for a, b in zip((ds.transpose(1, 2), ds), qk, strict=True))
+    return [x.unflatten(0, q.shape[:2]) for x in (dq, dk, p.transpose(1, 2) @ dout)]
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool, scale: float) -> Tensor:

@@ -32,7 +32,7 @@ from harmony_fast.bench.step import (
     tokens_a_sample,
 )
 from harmony_fast.bench.step_rivals import PARTS, count_open_clip, made_samples
-from harmony_fast.bench.timing import Stopwatch
+from harmony_fast.bench.timing import Stopwatch, Timing, in_turns
 from harmony_fast.engine.config import RunConfig, parse_config, with_overrides
 from harmony_fast.engine.errors import UserError
 from harmony_fast.engine.memory import predict
@@ -109,6 +109,22 @@ def test_a_rival_that_runs_out_of_memory_is_named(monkeypatch: pytest.MonkeyPatc
     assert measure_all({"it": Contender(Killed, config, 1)}, options) is None
     alone = measure_each({OURS: Contender(Quick, config, 1), "it": Contender(Full, config, 1)}, options)
     assert list(alone) == [OURS] and alone[OURS]["milliseconds"] > 0
+
+
+def test_rivals_that_do_not_fit_beside_each_other_take_turns_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with the first, which gives back what it took where even two do not fit."""
+    everyone = dict.fromkeys((OURS, "one", "other"), Contender(Quick, parse_config(tiny_config(), "the test"), 1))
+    monkeypatch.setattr(step, "host_memory", lambda: -1)
+    groups: list[list[str]] = []
+
+    def recorded(turns: dict[str, Any], **options: Any) -> dict[str, Timing]:
+        groups.append([*turns])
+        return in_turns(turns, **options)
+
+    monkeypatch.setattr(step, "in_turns", recorded)
+    found = measure_all(everyone, argparse.Namespace(profile=False, rounds=2, seconds=1.0))
+    assert groups == [[OURS, "one"], [OURS, "other"]]
+    assert found is not None and all(result["milliseconds"] > 0 for result in found.values())
 
 
 class Quick:
