@@ -55,6 +55,12 @@ def _compared(case: dict[str, Any]) -> list[str]:
     return words if case["in_turn"] else [*words, "too large to be timed in turns: one after the other"]
 
 
+def in_order(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All objectives first, then CLIP alone; towers as they were measured first; fp32 before bf16."""
+    towers = [*dict.fromkeys(case["tower"] for case in cases)]
+    return sorted(cases, key=lambda c: (c["kind"] != "step", towers.index(c["tower"]), c["precision"] != "fp32"))
+
+
 def plot(report: dict[str, Any], path: Path) -> None:
     """A row per case: the parts of each rival's step, and its peak memory."""
     import matplotlib
@@ -62,7 +68,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    cases = report["cases"]
+    cases = in_order(report["cases"])
     size = 11, 0.8 + sum(0.9 + 0.4 * len(c["results"]) for c in cases)
     ratios = [2 + len(c["results"]) for c in cases]
     figure, axes = plt.subplots(

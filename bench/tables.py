@@ -24,7 +24,7 @@ from .peaks import table as peaks_table
 from .plan import markdown as plan_table
 from .scaling_report import hours_table, memory_table
 from .step import OURS as OUR_STEP
-from .step_report import ratio
+from .step_report import in_order, ratio
 
 PART = re.compile(r"(<!-- bench: (\S+)(?: (\S+))? -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 
@@ -161,7 +161,7 @@ def aot(report: dict[str, Any]) -> str:
 def step(report: dict[str, Any]) -> str:
     """A row per case and rival."""
     rows = []
-    for case in report["cases"]:
+    for case in in_order(report["cases"]):
         for name, r in case["results"].items():
             low, high = (1e3 * case["micro"] / t for t in reversed(r["quartiles"]))
             rows.append([
@@ -182,7 +182,7 @@ def step_brief(report: dict[str, Any]) -> str:
             _case(case) if name == OUR_STEP else "", _way(name, case), f"{r['samples_per_second']:.3g}",
             ratio(r, "speedup"), f"{r['peak_mib'] / 1024:.1f} GiB", ratio(r, "memory"),
         ]
-        for case in report["cases"] for name, r in case["results"].items()
+        for case in in_order(report["cases"]) for name, r in case["results"].items()
     ]  # fmt: skip
     return f"Measured on {_machine(report['machine'])}, {report['machine']['date']}:\n\n" + table(
         ["", "", "samples/s", "", "peak", ""], rows

@@ -295,18 +295,14 @@ def _dense_backward(
 
 
 def _dense_gradients(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    allowed: Tensor | None,
-    idle: Tensor | None,
-    causal: bool,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, idle: Tensor | None, causal: bool,
     scale: float,
-) -> list[Tensor]:
-    """dq, dk, dv [count, H, length, D] of tensors of that shape; softmax at least in fp32, products in their dtype."""
+) -> list[Tensor]:  # fmt: skip
+    """dq, dk, dv [count, H, length, D] of tensors of that shape. Softmax is at least in fp32, as are all products on a
+    CPU that has none in half precision."""
     work = torch.promote_types(q.dtype, torch.float32)
-    dout, q, k, v = (x.contiguous() for x in (dout, q, k, v))
+    in_half = half_products(q.dtype) or q.device.type != "cpu"
+    dout, q, k, v = ((x if in_half else x.to(work)).contiguous() for x in (dout, q, k, v))
     scores = (q.to(work) * scale) @ k.to(work).transpose(-1, -2)
     if causal and allowed is None:
         allowed = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
