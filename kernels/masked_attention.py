@@ -287,8 +287,9 @@ def _dense_backward(
     """
     gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     for piece, shape in _pieces(layout, q):
-        inputs = (_heads_first(x, piece, shape) for x in (dout, q, k, v))
-        results = _dense_gradients(*inputs, *_allowed(key_mask, piece, shape, causal), causal, scale)
+        do, qs, ks, vs = (_heads_first(x, piece, shape) for x in (dout, q, k, v))
+        allowed, idle = _allowed(key_mask, piece, shape, causal)
+        results = _dense_gradients(do, qs, ks, vs, allowed, idle, causal, scale)
         for gradient, result in zip(gradients, results, strict=True):
             gradient[piece] = _tokens_first(result)
     return gradients
