@@ -47,7 +47,7 @@ VARIANTS = {
 }  # fmt: skip
 """Ours in other ways; micro-batches: four of them, with the contrast of the whole step"""
 ROOMY = 0.75
-"""Share of the host's memory up to which rivals keep between their turns what they took"""
+"""Share of the memory, the host's or the GPU's, up to which rivals keep between their turns what they took"""
 GOALS = {"cpu": {"fp32": (1.5, 0.5), "bf16": (2.5, 0.5)}, "cuda": {"bf16": (3.0, 0.35)}}
 """By device and precision: how many times the baseline's samples/s, and which share of its peak memory, ours is to
 reach; with bf16 on a CPU, of the baseline in fp32"""
@@ -209,7 +209,7 @@ def tokens_a_sample(config: RunConfig) -> int:
 def measure_all(everyone: dict[str, Contender], options: argparse.Namespace) -> dict[str, dict[str, Any]] | None:
     """All rivals beside each other, their timed steps in turn. None if one runs out of memory.
 
-    Where their peaks together would fill the host's memory, the first takes turns with one other after the other; what
+    Where their peaks together would fill the memory, the first takes turns with one other after the other; what
     counts of it is the last time, beside whom the others are compared with.
     """
     timed: dict[str, Timing] = {}
@@ -222,7 +222,7 @@ def measure_all(everyone: dict[str, Contender], options: argparse.Namespace) -> 
                 found[name] = rivals[name].examine(options.profile)
 
             def crowded(names: Sequence[str]) -> bool:
-                return sum(found[name]["peak_mib"] * 2**20 for name in names) > ROOMY * host_memory()
+                return sum(found[name]["peak_mib"] * 2**20 for name in names) > ROOMY * memory()
 
             first, *others = rivals
             groups = [[first, other] for other in others] if others and crowded([*rivals]) else [[*rivals]]
@@ -238,6 +238,11 @@ def measure_all(everyone: dict[str, Contender], options: argparse.Namespace) -> 
             "milliseconds": timing.median, "quartiles": [timing.low, timing.high], "rounds": timing.samples,
         }  # fmt: skip
     return found
+
+
+def memory() -> int:
+    """Bytes that the rivals share: the GPU's, or the host's."""
+    return torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else host_memory()
 
 
 def _turn(rival: Apart, crowded: bool) -> float:

@@ -26,7 +26,7 @@ def show(case: dict[str, Any], console: Console) -> None:
     for name, r in case["results"].items():
         low, high = r["quartiles"]
         made.add_row(
-            name, f"{r['samples_per_second']:.3g}", ratio(r, "speedup"), f"{r['milliseconds']:,.0f}",
+            name, f"{r['samples_per_second']:#.3g}", ratio(r, "speedup"), f"{r['milliseconds']:,.0f}",
             f"{low:,.0f} - {high:,.0f}", f"{r['peak_mib'] / 1024:.2f}", ratio(r, "memory"),
             f"{r['flops_per_sample'] / 1e9:.1f}", f"{100 * r['mfu']:.0f} %",
         )  # fmt: skip

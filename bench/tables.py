@@ -179,7 +179,7 @@ def step_brief(report: dict[str, Any]) -> str:
     """Speed and memory alone."""
     rows = [
         [
-            _case(case) if name == OUR_STEP else "", _way(name, case), f"{r['samples_per_second']:.3g}",
+            _case(case) if name == OUR_STEP else "", _way(name, case), f"{r['samples_per_second']:#.3g}",
             ratio(r, "speedup"), f"{r['peak_mib'] / 1024:.1f} GiB", ratio(r, "memory"),
         ]
         for case in in_order(report["cases"]) for name, r in case["results"].items()

@@ -1,4 +1,5 @@
-"""Attention over packed sequences: block-diagonal, optionally causal. Nothing is padded, no N x N matrix is stored.
+"""Attention over packed sequences: block-diagonal, optionally causal. Nothing is padded, and no N x N matrix is stored,
+but for a few sequences at a time where PyTorch's operators do not serve (`_dense_backward`).
 
 Letters in shapes: T tokens of all sequences laid end to end, S sequences, H heads, D head dimension.
 """
@@ -21,7 +22,7 @@ from .dispatch import choose, half_products
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TRITON_WIDEST = 128
 """The largest head dimension of the Triton kernels."""
-_WRITTEN = {"cuda": 2**25, "cpu": 2**19}
+_WRITTEN, _WRITTEN_ON_CPU = 2**25, 2**19
 """Attention weights that exist at once where they are written out: 128 MiB in fp32; on a CPU what its caches hold"""
 _LONGEST_WRITTEN = 512
 """Tokens of the longest sequence whose weights a CPU writes out by choice: 16 MiB in fp32 for 16 heads"""
@@ -220,8 +221,8 @@ class _OnCpu(torch.autograd.Function):
         """The gradients of q, k, v."""
         q, k, v, whole, *sums = ctx.saved_tensors
         layout, masks, *constants = ctx.constants
-        if half_products(q.dtype) and q.device.type == "cpu" and layout.longest <= _LONGEST_WRITTEN:
-            # Products in half precision are faster than PyTorch's operator, most of all for short sequences.
+        if q.device.type == "cpu" and _multiplies_in_bf16(q) and layout.longest <= _LONGEST_WRITTEN:
+            # Products in bf16 are faster than PyTorch's operator, most of all for short sequences.
             return *_dense_backward(gradients[0], q, k, v, layout, *constants), None, None, None, None
         parts = []
         for (block, shape), lse, (idle, options) in zip(_blocks(layout), sums, masks, strict=True):
@@ -270,7 +271,8 @@ def _allowed(
 def _pieces(layout: Layout, q: Tensor) -> Iterator[tuple[slice, tuple[int, int]]]:
     """`_blocks`, cut into as many sequences as may have their attention weights written out at once, at least one."""
     for block, (count, length) in _blocks(layout):
-        step = max(1, _WRITTEN[q.device.type] // (q.shape[1] * length**2))
+        most = _WRITTEN_ON_CPU if q.device.type == "cpu" else _WRITTEN
+        step = max(1, most // (q.shape[1] * length**2))
         for first in range(0, count, step):
             shape = min(step, count - first), length
             start = block.start + first * length
@@ -282,8 +284,8 @@ def _dense_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv with the attention weights written out for a few sequences at a time.
 
-    On a CPU in half precision, and for the operator under `torch.compile` on the torch backend, inside which there is
-    no autograd to ask.
+    On a CPU that multiplies in bf16, and for the operator under `torch.compile` on the torch backend, inside which
+    there is no autograd to ask.
     """
     gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     for piece, shape in _pieces(layout, q):
@@ -295,15 +297,20 @@ def _dense_backward(
     return gradients
 
 
+def _multiplies_in_bf16(q: Tensor) -> bool:
+    """Whether these are bf16 numbers on a device that has products of them."""
+    return q.dtype == torch.bfloat16 and (q.device.type != "cpu" or half_products(q.dtype))
+
+
 def _dense_gradients(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, idle: Tensor | None, causal: bool,
     scale: float,
 ) -> list[Tensor]:  # fmt: skip
-    """dq, dk, dv [count, H, length, D] of tensors of that shape. Softmax is at least in fp32, as are all products on a
-    CPU that has none in half precision."""
+    """dq, dk, dv [count, H, length, D] of tensors of that shape, by the formulas of `_attention_kernels`. At least in
+    fp32, but for products in bf16 where there are such; fp16 would not hold what passes through them."""
     work = torch.promote_types(q.dtype, torch.float32)
-    in_half = half_products(q.dtype) or q.device.type != "cpu"
-    dout, q, k, v = ((x if in_half else x.to(work)).contiguous() for x in (dout, q, k, v))
+    in_bf16 = _multiplies_in_bf16(q)
+    dout, q, k, v = ((x if in_bf16 else x.to(work)).contiguous() for x in (dout, q, k, v))
     scores = (q.to(work) * scale) @ k.to(work).transpose(-1, -2)
     if causal and allowed is None:
         allowed = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()

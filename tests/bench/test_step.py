@@ -114,7 +114,7 @@ def test_a_rival_that_runs_out_of_memory_is_named(monkeypatch: pytest.MonkeyPatc
 def test_rivals_that_do_not_fit_beside_each_other_take_turns_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each with the first, which gives back what it took where even two do not fit."""
     everyone = dict.fromkeys((OURS, "one", "other"), Contender(Quick, parse_config(tiny_config(), "the test"), 1))
-    monkeypatch.setattr(step, "host_memory", lambda: -1)
+    monkeypatch.setattr(step, "memory", lambda: -1)
     groups: list[list[str]] = []
 
     def recorded(turns: dict[str, Any], **options: Any) -> dict[str, Timing]:
