@@ -193,6 +193,16 @@ def test_the_operators_gradients_some_sequences_at_a_time(
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
 
 
+def test_weights_written_out_at_once_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than the limit, unless one sequence has more; every token once."""
+    module = importlib.import_module("harmony_fast.kernels.masked_attention")
+    monkeypatch.setattr(module, "_WRITTEN_ON_CPU", 400)
+    lengths = [6, 6, 6, 6, 6, 6, 0, 20, 3]
+    pieces = list(module._pieces(layout_of(offsets_of(lengths), sum(lengths), 20), tensors(lengths, heads=2)[0]))
+    assert [shape for _, shape in pieces] == [(5, 6), (1, 6), (1, 20), (1, 3)]
+    assert [i for piece, _ in pieces for i in range(piece.start, piece.stop)] == [*range(sum(lengths))]
+
+
 def test_4096_tokens_by_torch(torch_backend: None) -> None:
     lengths = [4096, 3]
     check(lengths, tensors(lengths, heads=1, dtype=torch.float32), causal=True)
