@@ -3,9 +3,9 @@
 Each case is a tower, a number of samples and a precision. All rivals start from the same seed and get the same
 samples; the baseline's losses are held against ours. On a CPU ours goes through a step in the fewest micro-batches that
 take half of the baseline's memory, by counting, with the contrast of all samples. Peak memory, breakdown and profile
-come from steps that are not timed; the timed steps alternate, each rival in a process of its own. Memory is what torch
-has allocated on a GPU, and the counted bytes of live tensors on a CPU. Writes step.json and step.png to
-bench/results/<machine>/.
+come from steps that are not timed; the timed steps of ours alternate with those of one rival after the other, each in a
+process of its own. Memory is what torch has allocated on a GPU, and the counted bytes of live tensors on a CPU. Writes
+step.json and step.png to bench/results/<machine>/.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -207,30 +206,23 @@ def tokens_a_sample(config: RunConfig) -> int:
 
 
 def measure_all(everyone: dict[str, Contender], options: argparse.Namespace) -> dict[str, dict[str, Any]] | None:
-    """All rivals beside each other, their timed steps in turn. None if one runs out of memory.
-
-    Where their peaks together would fill the memory, the first takes turns with one other after the other; what
-    counts of it is the last time, beside whom the others are compared with.
-    """
+    """The first beside one other after the other, each started for its pair alone, their timed steps in turn. What
+    counts of the first is the last time, beside whom all are compared with. None if a pair runs out of memory."""
     timed: dict[str, Timing] = {}
+    found: dict[str, dict[str, Any]] = {}
+    first, *others = everyone
     try:
-        with ExitStack() as running:
-            rivals: dict[str, Apart] = {}
-            found: dict[str, dict[str, Any]] = {}
-            for name, contender in everyone.items():
-                rivals[name] = running.enter_context(Apart(contender.make, contender.config))
-                found[name] = rivals[name].examine(options.profile)
-
-            def crowded(names: Sequence[str]) -> bool:
-                return sum(found[name]["peak_mib"] * 2**20 for name in names) > ROOMY * memory()
-
-            first, *others = rivals
-            groups = [[first, other] for other in others] if others and crowded([*rivals]) else [[*rivals]]
-            for group in groups:
-                turns = {name: partial(_turn, rivals[name], crowded(group)) for name in group}
-                timed |= in_turns(turns, rounds=options.rounds, seconds=options.seconds)
-                for name in group:
-                    rivals[name].give_back()
+        with _started(everyone[first]) as rival:
+            found[first] = rival.examine(options.profile)
+            if not others:
+                timed = in_turns({first: rival.turn}, rounds=options.rounds, seconds=options.seconds)
+            for name in others:
+                with _started(everyone[name]) as other:
+                    found[name] = other.examine(options.profile)
+                    crowded = sum(found[n]["peak_mib"] * 2**20 for n in (first, name)) > ROOMY * memory()
+                    turns = {n: partial(_turn, r, crowded) for n, r in ((first, rival), (name, other))}
+                    timed |= in_turns(turns, rounds=options.rounds, seconds=options.seconds)
+                rival.give_back()
     except torch.OutOfMemoryError:
         return None
     for name, timing in timed.items():
@@ -238,6 +230,10 @@ def measure_all(everyone: dict[str, Contender], options: argparse.Namespace) -> 
             "milliseconds": timing.median, "quartiles": [timing.low, timing.high], "rounds": timing.samples,
         }  # fmt: skip
     return found
+
+
+def _started(contender: Contender) -> Apart:
+    return Apart(contender.make, contender.config)
 
 
 def memory() -> int:

@@ -18,7 +18,10 @@ Made = TypeVar("Made")
 
 
 class Layout:
-    """The sequences of a pack: starts and lengths int64 [S] on the host, and what backends keep about them."""
+    """The sequences of a pack: starts and lengths int64 [S] on the host, and what backends keep about them.
+
+    longest: tokens of the longest. weights: numbers in the attention matrices of one head, all sequences together.
+    """
 
     def __init__(self, offsets: Tensor) -> None:
         """Raises ValueError if the offsets do not start at 0, or decrease, or hold no token."""
@@ -34,6 +37,7 @@ class Layout:
             raise ValueError(f"offsets must be increasing, but {int(host[at])} comes before {int(host[at + 1])}")
         self.tokens = int(host[-1])
         self.longest = int(self.lengths.max())
+        self.weights = int(self.lengths.square().sum())
         self._made: dict[object, Any] = {}
 
     def holds_for(self, offsets: Tensor) -> bool:

@@ -26,6 +26,8 @@ _WRITTEN, _WRITTEN_ON_CPU = 2**25, 2**19
 """Attention weights that exist at once where they are written out: 128 MiB in fp32; on a CPU what its caches hold"""
 _LONGEST_WRITTEN = 512
 """Tokens of the longest sequence whose weights a CPU writes out by choice: 16 MiB in fp32 for 16 heads"""
+_FEW_WEIGHTS = 2**16
+"""Attention weights of a run, on average, below which starting operators takes a CPU longer than what they do"""
 
 
 def masked_attention(
@@ -221,18 +223,24 @@ class _OnCpu(torch.autograd.Function):
         """The gradients of q, k, v."""
         q, k, v, whole, *sums = ctx.saved_tensors
         layout, masks, *constants = ctx.constants
-        if q.device.type == "cpu" and _multiplies_in_bf16(q) and layout.longest <= _LONGEST_WRITTEN:
-            # Products in bf16 are faster than PyTorch's operator, most of all for short sequences.
-            return *_dense_backward(gradients[0], q, k, v, layout, *constants), None, None, None, None
+        given = [gradients[0], q, k, v, whole]
+        if q.device.type == "cpu" and _multiplies_in_bf16(q):
+            # PyTorch's operator is slow in bf16, most of all for short sequences.
+            if layout.weights * q.shape[1] < _FEW_WEIGHTS * len(layout.runs):
+                given = [x.float() for x in given]
+            elif layout.longest <= _LONGEST_WRITTEN:
+                return *_dense_backward(gradients[0], q, k, v, layout, *constants), None, None, None, None
         parts = []
         for (block, shape), lse, (idle, options) in zip(_blocks(layout), sums, masks, strict=True):
-            dout, *inputs = (_heads_first(x, block, shape) for x in (gradients[0], q, k, v, whole))
+            dout, *inputs = (_heads_first(x, block, shape) for x in given)
+            if "attn_mask" in options:
+                options = options | {"attn_mask": options["attn_mask"].to(dout.dtype)}
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 dout if idle is None else dout.masked_fill(idle, 0), *inputs, lse, 0.0, **options
             )
             parts.append([_tokens_first(x) for x in found])
         packed = parts[0] if len(parts) == 1 else [torch.cat(x) for x in zip(*parts, strict=True)]
-        return *packed, None, None, None, None
+        return *(x.to(q.dtype) for x in packed), None, None, None, None
 
 
 def _heads_first(x: Tensor, block: slice, shape: tuple[int, int]) -> Tensor:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from functools import cache
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +112,15 @@ def test_a_rival_that_runs_out_of_memory_is_named(monkeypatch: pytest.MonkeyPatc
     assert list(alone) == [OURS] and alone[OURS]["milliseconds"] > 0
 
 
-def test_rivals_that_do_not_fit_beside_each_other_take_turns_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each with the first, which gives back what it took where even two do not fit."""
+def test_rivals_take_turns_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with the first, while no third one runs; both give back what they took where they fill the memory."""
     everyone = dict.fromkeys((OURS, "one", "other"), Contender(Quick, parse_config(tiny_config(), "the test"), 1))
     monkeypatch.setattr(step, "memory", lambda: -1)
     groups: list[list[str]] = []
 
     def recorded(turns: dict[str, Any], **options: Any) -> dict[str, Timing]:
         groups.append([*turns])
+        assert len(active_children()) == 2
         return in_turns(turns, **options)
 
     monkeypatch.setattr(step, "in_turns", recorded)

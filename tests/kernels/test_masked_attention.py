@@ -114,33 +114,42 @@ def test_torch_in_low_precision(torch_backend: None, dtype: torch.dtype, causal:
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("native", [False, True])
-@pytest.mark.parametrize("longest", [70, 600])
+@pytest.mark.parametrize(("longest", "few"), [(70, False), (600, False), (70, True)])
 def test_half_precision_on_processors_with_and_without_products_in_it(
-    torch_backend: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, native: bool, longest: int
+    torch_backend: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, native: bool, longest: int, few: bool
 ) -> None:
-    """The backward pass writes attention weights out where bf16 products are native, but not of long sequences."""
+    """Where bf16 products are native the backward pass writes attention weights out, but not of long sequences, and
+    takes PyTorch's operator in fp32 for runs of few weights."""
     module = importlib.import_module("harmony_fast.kernels.masked_attention")
     monkeypatch.setattr(module, "half_products", lambda _: native)
     monkeypatch.setattr(module, "_WRITTEN_ON_CPU", 3 * 70**2)
     lengths = [longest, 37, 37, 37, 37, 37, 37, 37, 37, 37, 0, 5, 1]
     inputs = tensors(lengths, dtype=dtype)
+    weights = 2 * sum(n**2 for n in lengths)  # in four runs
+    monkeypatch.setattr(module, "_FEW_WEIGHTS", weights / 4 + (1 if few else 0))
     with Operators() as called:
         check(lengths, inputs)
         check(lengths, inputs, causal=True)
         check(lengths, inputs, causal=True, key_mask=key_masks(lengths, 3), scale=0.5)
-    written = "aten._scaled_dot_product_flash_attention_for_cpu_backward.default" not in called.names
-    assert written == (native and dtype == torch.bfloat16 and longest <= 512)
+    taken = called.dtypes.get("aten._scaled_dot_product_flash_attention_for_cpu_backward.default", set())
+    if not native or dtype != torch.bfloat16:
+        assert taken == {dtype}
+    elif few:
+        assert taken == {torch.float32}
+    else:
+        assert taken == ({dtype} if longest > 512 else set())
 
 
 class Operators(TorchDispatchMode):
-    """The names of the operators that are called."""
+    """The operators that are called, with the dtypes of their first arguments."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: set[str] = set()
+        self.dtypes: dict[str, set[torch.dtype]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        self.names.add(str(func))
+        if args and isinstance(args[0], Tensor):
+            self.dtypes.setdefault(str(func), set()).add(args[0].dtype)
         return func(*args, **(kwargs or {}))
 
 
