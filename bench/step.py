@@ -221,6 +221,8 @@ def measure_all(everyone: dict[str, Contender], options: argparse.Namespace) -> 
                     found[name] = other.examine(options.profile)
                     crowded = sum(found[n]["peak_mib"] * 2**20 for n in (first, name)) > ROOMY * memory()
                     turns = {n: partial(_turn, r, crowded) for n, r in ((first, rival), (name, other))}
+                    for warm_up in turns.values():  # what examining took has been given back
+                        warm_up()
                     timed |= in_turns(turns, rounds=options.rounds, seconds=options.seconds)
                 rival.give_back()
     except torch.OutOfMemoryError:
