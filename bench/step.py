@@ -4,8 +4,8 @@ Each case is a tower, a number of samples and a precision. All rivals start from
 samples; the baseline's losses are held against ours. On a CPU ours goes through a step in the fewest micro-batches that
 take half of the baseline's memory, by counting, with the contrast of all samples. Peak memory, breakdown and profile
 come from steps that are not timed; the timed steps of ours alternate with those of one rival after the other, each in a
-process of its own. Memory is what torch has allocated on a GPU, and the counted bytes of live tensors on a CPU. Writes
-step.json and step.png to bench/results/<machine>/.
+process of its own, or, where two do not fit into memory, in a new one for each step. Memory is what torch has allocated
+on a GPU, and the counted bytes of live tensors on a CPU. Writes step.json and step.png to bench/results/<machine>/.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ from .machine import describe_machine, results_folder
 from .step_process import Apart, Make
 from .step_report import plot, show
 from .step_rivals import Baseline, OpenClip, Ours, count_open_clip, made_samples
-from .timing import Timing, in_turns, product_rate
+from .timing import in_turns, product_rate
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OURS, BASELINE, OPEN_CLIP = "harmony-fast", "four passes", "open_clip"
@@ -45,8 +46,10 @@ VARIANTS = {
     "recomputed": ["activation_checkpointing.image=1", "activation_checkpointing.text=1"],
 }  # fmt: skip
 """Ours in other ways; micro-batches: four of them, with the contrast of the whole step"""
-ROOMY = 0.75
-"""Share of the memory, the host's or the GPU's, up to which rivals keep between their turns what they took"""
+ROOMY = 0.9
+"""Share of the memory, the host's or the GPU's, up to which two rivals run beside each other"""
+OF_CASES = "commit", "system"
+"""What the results of one day may differ in, so that each case says it"""
 GOALS = {"cpu": {"fp32": (1.5, 0.5), "bf16": (2.5, 0.5)}, "cuda": {"bf16": (3.0, 0.35)}}
 """By device and precision: how many times the baseline's samples/s, and which share of its peak memory, ours is to
 reach; with bf16 on a CPU, of the baseline in fp32"""
@@ -83,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         report["left_out"].append(f"{named}: {why}")
                         continue
                     case = measure_case(kind, tower, micro, precision, device, options)
-                    case["commit"] = machine["commit"]
+                    case |= {key: machine[key] for key in OF_CASES}
                     report["cases"] = [c for c in report["cases"] if not same_case(c, case)] + [case]
                     show(case, console)
                     # After each: what was measured stays if the machine is taken away.
@@ -98,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def added_to(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """Earlier results, to which cases are added. Raises UserError unless day, machine and versions are the same."""
-    differing = [k for k, v in now["machine"].items() if k != "commit" and before["machine"].get(k) != v]
+    differing = [k for k, v in now["machine"].items() if k not in OF_CASES and before["machine"].get(k) != v]
     if differing or before["device"] != now["device"]:
         raise UserError(f"--add: what was measured before differs in {', '.join(differing or ['device'])}")
     return before
@@ -131,8 +134,7 @@ def measure_case(
     everyone = contenders(kind, config, views, device, options.variant)
     shape = micro * tokens_a_sample(config), config.model.image.width, DTYPES[precision], device
     before = product_rate(*shape)
-    in_turn = measure_all(everyone, options)
-    results = in_turn or measure_each(everyone, options)
+    results = measure_all(everyone, options)
     rate = max(before, product_rate(*shape))  # other work on the machine can only slow it down
     not_run = {name: "out of memory" for name in everyone if name not in results}
     for name, found in results.items():
@@ -143,7 +145,7 @@ def measure_case(
         "micro_batch": config.data.micro_batch_size, "kept_graphs": config.kept_graphs,
         "objectives": [*config.objectives.active()],
         "caption_tokens": float(views.lengths.float().mean()),
-        "product_rate": rate, "in_turn": in_turn is not None, "results": results, "not_run": not_run,
+        "product_rate": rate, "results": results, "not_run": not_run,
         **compared(kind, precision, device, results),
     }  # fmt: skip
 
@@ -205,56 +207,56 @@ def tokens_a_sample(config: RunConfig) -> int:
     return tokens + (v.global_crops * seen if "reconstruction" in objectives else 0)
 
 
-def measure_all(everyone: dict[str, Contender], options: argparse.Namespace) -> dict[str, dict[str, Any]] | None:
-    """The first beside one other after the other, each started for its pair alone, their timed steps in turn. What
-    counts of the first is the last time, beside whom all are compared with. None if a pair runs out of memory."""
-    timed: dict[str, Timing] = {}
+def measure_all(everyone: dict[str, Contender], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Each examined, then the first and one other after the other timed in turn; what counts of the first is the last
+    time, beside whom all are compared with. Without those that run out of memory."""
     found: dict[str, dict[str, Any]] = {}
-    first, *others = everyone
-    try:
-        with _started(everyone[first]) as rival:
-            found[first] = rival.examine(options.profile)
-            if not others:
-                timed = in_turns({first: rival.turn}, rounds=options.rounds, seconds=options.seconds)
-            for name in others:
-                with _started(everyone[name]) as other:
-                    found[name] = other.examine(options.profile)
-                    crowded = sum(found[n]["peak_mib"] * 2**20 for n in (first, name)) > ROOMY * memory()
-                    turns = {n: partial(_turn, r, crowded) for n, r in ((first, rival), (name, other))}
-                    for warm_up in turns.values():  # what examining took has been given back
-                        warm_up()
-                    timed |= in_turns(turns, rounds=options.rounds, seconds=options.seconds)
-                rival.give_back()
-    except torch.OutOfMemoryError:
-        return None
-    for name, timing in timed.items():
-        found[name] |= {
-            "milliseconds": timing.median, "quartiles": [timing.low, timing.high], "rounds": timing.samples,
-        }  # fmt: skip
+    for name, contender in everyone.items():
+        with suppress(torch.OutOfMemoryError), Apart(contender.make, contender.config) as rival:
+            found[name] = rival.examine(options.profile)
+    names = [name for name in everyone if name in found]
+    for other in names[1:] or names:
+        pair = {name: everyone[name] for name in (names[0], other)}
+        room = sum(found[name]["resident_mib"] * 2**20 for name in pair) < ROOMY * memory()
+        timed = (time_beside(pair, options) if room else None) or time_apart(pair, options)
+        for name, timing in timed.items():
+            found[name] |= timing
     return found
 
 
-def _started(contender: Contender) -> Apart:
-    return Apart(contender.make, contender.config)
+def time_beside(pair: dict[str, Contender], options: argparse.Namespace) -> dict[str, dict[str, Any]] | None:
+    """Steps in turn, of processes that stay, after two to warm up. None if one runs out of memory."""
+    with ExitStack() as running, suppress(torch.OutOfMemoryError):
+        rivals = {name: running.enter_context(Apart(c.make, c.config)) for name, c in pair.items()}
+        for rival in [*rivals.values()] * 2:
+            rival.turn()
+        return _timed({name: rival.turn for name, rival in rivals.items()}, options, beside=True)
+    return None
+
+
+def time_apart(pair: dict[str, Contender], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Steps in turn, each of a new process, after one to warm up: for rivals that do not fit beside each other."""
+
+    def turn(contender: Contender) -> float:
+        with Apart(contender.make, contender.config) as rival:
+            rival.turn()
+            return rival.turn()
+
+    return _timed({name: partial(turn, contender) for name, contender in pair.items()}, options, beside=False)
+
+
+def _timed(
+    turns: dict[str, Callable[[], float]], options: argparse.Namespace, beside: bool
+) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"milliseconds": t.median, "quartiles": [t.low, t.high], "rounds": t.samples, "beside": beside}
+        for name, t in in_turns(turns, rounds=options.rounds, seconds=options.seconds).items()
+    }
 
 
 def memory() -> int:
     """Bytes that the rivals share: the GPU's, or the host's."""
     return torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else host_memory()
-
-
-def _turn(rival: Apart, crowded: bool) -> float:
-    """Milliseconds of a step. crowded: it gives back what it took."""
-    milliseconds = rival.turn()
-    if crowded:
-        rival.give_back()
-    return milliseconds
-
-
-def measure_each(everyone: dict[str, Contender], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """One rival after the other, where they do not fit beside each other; without those that do not fit alone."""
-    alone = (measure_all({name: contender}, options) or {} for name, contender in everyone.items())
-    return {name: result for found in alone for name, result in found.items()}
 
 
 def compared(kind: str, precision: str, device: torch.device, results: dict[str, Any]) -> dict[str, Any]:

@@ -1,16 +1,16 @@
 """A rival of `harmony-fast bench step` in a process of its own, which takes steps when it is asked to.
 
 One heap for all would not do: what one rival leaves in it makes page faults in the next one's steps, a quarter of their
-time on a CPU. All have malloc keep its pages, as `harmony-fast train` does. Where they would not fit beside each other,
-a rival gives back between its turns what it does not hold; a step then faults those pages in, each once, which makes
-it slower.
+time on a CPU. All have malloc keep its pages, as `harmony-fast train` does.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -27,7 +27,7 @@ from ..engine.live_bytes import LiveBytes
 from .baseline import unwatched
 from .profiling import summarise
 from .step_rivals import PARTS, Rival, made_samples
-from .timing import Stopwatch, measure, release
+from .timing import Stopwatch, measure
 
 Make = Callable[[RunConfig, RawBatch, Ranks], Rival]
 """What builds a rival: a class of `step_rivals`"""
@@ -57,16 +57,12 @@ class Apart:
         self._process.join()
 
     def examine(self, profile: bool) -> dict[str, Any]:
-        """See `examine`; once, before anything else."""
+        """See `examine`. What it took stays with the process."""
         return self._ask(profile)
 
     def turn(self) -> float:
-        """Milliseconds of a step, to its end."""
-        return self._ask("step")
-
-    def give_back(self) -> None:
-        """Give the system what it does not hold between steps, for the others' turns."""
-        self._ask("release")
+        """Milliseconds of a step, to its end; the first makes the rival."""
+        return self._ask(None)
 
     def _ask(self, question: object) -> Any:
         try:
@@ -83,23 +79,26 @@ class Apart:
 
 
 def _serve(make: Make, config: RunConfig, pipe: Connection) -> None:
-    """Examine the rival, then take steps, until the process is ended."""
+    """Examine the rival or take steps, as is asked, until the process is ended."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     ranks = join()
-    batch = made_samples(config)
+    build = partial(make, config, made_samples(config), ranks)
+    rival: Rival | None = None
     try:
-        rival, found = examine(lambda: make(config, batch, ranks), ranks.device, profile=pipe.recv())
-        pipe.send(found)
-        release(ranks.device)
-        answers = {"step": lambda: measure(rival.step, ranks.device), "release": lambda: release(ranks.device)}
         while True:
-            pipe.send(answers[pipe.recv()]())
+            profile = pipe.recv()
+            if profile is not None:
+                pipe.send(examine(build, ranks.device, profile))
+                continue
+            rival = rival or build()
+            pipe.send(measure(rival.step, ranks.device))
     except torch.OutOfMemoryError as error:
         pipe.send(error)
 
 
-def examine(make: Callable[[], Rival], device: torch.device, profile: bool) -> tuple[Rival, dict[str, Any]]:
-    """A new rival: losses of its first step, peak memory of its second, breakdown of its third, perhaps a profile."""
+def examine(make: Callable[[], Rival], device: torch.device, profile: bool) -> dict[str, Any]:
+    """Of a new rival: losses of its first step, peak memory of its second, breakdown of its third, perhaps a profile;
+    and the memory of the process or of the GPU that all this has taken."""
     rival, losses, held, peak = two_steps(make, device)
     rival.watch = stopwatch = Stopwatch(device)
     with stopwatch("rest"):
@@ -107,7 +106,15 @@ def examine(make: Callable[[], Rival], device: torch.device, profile: bool) -> t
     rival.watch = unwatched
     parts = {part: 1e3 * stopwatch.seconds[part] for part in (*PARTS, "rest")}
     found = {"losses": losses, "peak_mib": peak / 2**20, "held_mib": held / 2**20, "breakdown_ms": parts}
-    return rival, found | ({"profile": summarise(rival.step, device)} if profile else {})
+    found |= {"profile": summarise(rival.step, device)} if profile else {}
+    return found | {"resident_mib": _resident(device) / 2**20}
+
+
+def _resident(device: torch.device) -> int:
+    """The most bytes that torch has reserved on a GPU, or that were resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def two_steps(make: Callable[[], Rival], device: torch.device) -> tuple[Rival, dict[str, float], float, float]:

@@ -28,8 +28,8 @@ from harmony_fast.bench.step import (
     contenders,
     cut_to,
     measure_all,
-    measure_each,
     same_case,
+    time_beside,
     tokens_a_sample,
 )
 from harmony_fast.bench.step_rivals import PARTS, count_open_clip, made_samples
@@ -49,6 +49,8 @@ HEADS = [
     "objectives.text_distillation={prototypes: 32, hidden: 32, bottleneck: 16}",
     "objectives.reconstruction={width: 16, depth: 1, heads: 2}", "objectives.masked_language.depth=1",
 ]  # fmt: skip
+
+OPTIONS = argparse.Namespace(profile=False, rounds=2, seconds=1.0)
 
 
 def run(command: list[str]) -> str:
@@ -101,32 +103,38 @@ def test_predicted_peaks_are_those_of_steps(tmp_path: Path) -> None:
         assert case["measured"] > 0 and abs(case["error"]) <= 0.05
 
 
-def test_a_rival_that_runs_out_of_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where it is the system that ends it; the others are then timed alone."""
+@pytest.mark.parametrize("beside", [True, False])
+def test_rivals_take_turns_in_pairs(monkeypatch: pytest.MonkeyPatch, beside: bool) -> None:
+    """Each with the first, while no third one runs, without those that run out of memory, be it that the system ends
+    them; in a new process for every step where two do not fit."""
     config = parse_config(tiny_config(), "the test")
-    options = argparse.Namespace(profile=False, rounds=1, seconds=1.0)
-    with pytest.raises(RuntimeError, match="exit status 3"):
-        measure_all({"it": Contender(Leaves, config, 1)}, options)
-    assert measure_all({"it": Contender(Killed, config, 1)}, options) is None
-    alone = measure_each({OURS: Contender(Quick, config, 1), "it": Contender(Full, config, 1)}, options)
-    assert list(alone) == [OURS] and alone[OURS]["milliseconds"] > 0
-
-
-def test_rivals_take_turns_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each with the first, while no third one runs; both give back what they took where they fill the memory."""
-    everyone = dict.fromkeys((OURS, "one", "other"), Contender(Quick, parse_config(tiny_config(), "the test"), 1))
-    monkeypatch.setattr(step, "memory", lambda: -1)
+    makes = {OURS: Quick, "full": Full, "quick": Quick, "killed": Killed, "other": Quick}
+    everyone = {name: Contender(make, config, 1) for name, make in makes.items()}
     groups: list[list[str]] = []
 
     def recorded(turns: dict[str, Any], **options: Any) -> dict[str, Timing]:
         groups.append([*turns])
-        assert len(active_children()) == 2
+        assert len(active_children()) == (2 if beside else 0)
         return in_turns(turns, **options)
 
     monkeypatch.setattr(step, "in_turns", recorded)
-    found = measure_all(everyone, argparse.Namespace(profile=False, rounds=2, seconds=1.0))
-    assert groups == [[OURS, "one"], [OURS, "other"]]
-    assert found is not None and all(result["milliseconds"] > 0 for result in found.values())
+    monkeypatch.setattr(step, "memory", lambda: 2**50 if beside else 2**20)
+    found = measure_all(everyone, OPTIONS)
+    assert groups == [[OURS, "quick"], [OURS, "other"]]
+    assert [*found] == [OURS, "quick", "other"]
+    for result in found.values():
+        assert result["milliseconds"] > 0 and result["beside"] == beside and result["resident_mib"] > 50
+
+
+def test_rivals_that_run_out_of_memory() -> None:
+    """Beside another or alone; what is wrong otherwise is not passed over."""
+    config = parse_config(tiny_config(), "the test")
+    assert time_beside({OURS: Contender(Quick, config, 1), "full": Contender(Full, config, 1)}, OPTIONS) is None
+    found = measure_all({"full": Contender(Full, config, 1), OURS: Contender(Quick, config, 1)}, OPTIONS)
+    assert [*found] == [OURS] and found[OURS]["milliseconds"] > 0
+    with pytest.raises(RuntimeError, match="exit status 3"):
+        measure_all({"it": Contender(Leaves, config, 1)}, OPTIONS)
+    assert measure_all({"it": Contender(Full, config, 1)}, OPTIONS) == {}
 
 
 class Quick:
@@ -199,8 +207,8 @@ def test_losses_that_differ_are_no_success() -> None:
 
 
 def test_cases_are_added_to_those_of_the_same_machine_alone() -> None:
-    now = {"machine": {"date": "2026-01-02", "cores": 2, "commit": "b"}, "device": "cpu", "cases": []}
-    before = {"machine": {**now["machine"], "commit": "a"}, "device": "cpu", "cases": ["measured"]}
+    now = {"machine": {"date": "2026-01-02", "cores": 2, "commit": "b", "system": "Linux-2"}, "device": "cpu", "cases": []}
+    before = {"machine": {**now["machine"], "commit": "a", "system": "Linux-1"}, "device": "cpu", "cases": ["measured"]}
     assert added_to(before, now) is before
     with pytest.raises(UserError, match="differs in cores"):
         added_to({**before, "machine": {**before["machine"], "cores": 4}}, now)
