@@ -207,8 +207,9 @@ def test_losses_that_differ_are_no_success() -> None:
 
 
 def test_cases_are_added_to_those_of_the_same_machine_alone() -> None:
-    now = {"machine": {"date": "2026-01-02", "cores": 2, "commit": "b", "system": "Linux-2"}, "device": "cpu", "cases": []}
-    before = {"machine": {**now["machine"], "commit": "a", "system": "Linux-1"}, "device": "cpu", "cases": ["measured"]}
+    machine = {"date": "2026-01-02", "cores": 2, "commit": "b", "system": "Linux-2"}
+    now = {"machine": machine, "device": "cpu", "cases": []}
+    before = {"machine": {**machine, "commit": "a", "system": "Linux-1"}, "device": "cpu", "cases": ["measured"]}
     assert added_to(before, now) is before
     with pytest.raises(UserError, match="differs in cores"):
         added_to({**before, "machine": {**before["machine"], "cores": 4}}, now)
