@@ -215,7 +215,7 @@ def measure_all(everyone: dict[str, Contender], options: argparse.Namespace) -> 
         with suppress(torch.OutOfMemoryError), Apart(contender.make, contender.config) as rival:
             found[name] = rival.examine(options.profile)
     names = [name for name in everyone if name in found]
-    for other in names[1:] or names:
+    for other in names[1:] or names:  # a single one has no pair, and is timed all the same
         pair = {name: everyone[name] for name in (names[0], other)}
         room = sum(found[name]["resident_mib"] * 2**20 for name in pair) < ROOMY * memory()
         timed = (time_beside(pair, options) if room else None) or time_apart(pair, options)

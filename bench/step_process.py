@@ -61,8 +61,8 @@ class Apart:
         return self._ask(profile)
 
     def turn(self) -> float:
-        """Milliseconds of a step, to its end; the first makes the rival."""
-        return self._ask(None)
+        """Milliseconds of a step, to its end; the first time the rival is made before."""
+        return self._ask("step")
 
     def _ask(self, question: object) -> Any:
         try:
@@ -86,12 +86,12 @@ def _serve(make: Make, config: RunConfig, pipe: Connection) -> None:
     rival: Rival | None = None
     try:
         while True:
-            profile = pipe.recv()
-            if profile is not None:
-                pipe.send(examine(build, ranks.device, profile))
-                continue
-            rival = rival or build()
-            pipe.send(measure(rival.step, ranks.device))
+            question = pipe.recv()
+            if question == "step":
+                rival = rival or build()
+                pipe.send(measure(rival.step, ranks.device))
+            else:
+                pipe.send(examine(build, ranks.device, profile=question))
     except torch.OutOfMemoryError as error:
         pipe.send(error)
 
@@ -107,11 +107,11 @@ def examine(make: Callable[[], Rival], device: torch.device, profile: bool) -> d
     parts = {part: 1e3 * stopwatch.seconds[part] for part in (*PARTS, "rest")}
     found = {"losses": losses, "peak_mib": peak / 2**20, "held_mib": held / 2**20, "breakdown_ms": parts}
     found |= {"profile": summarise(rival.step, device)} if profile else {}
-    return found | {"resident_mib": _resident(device) / 2**20}
+    return found | {"resident_mib": _most_taken(device) / 2**20}
 
 
-def _resident(device: torch.device) -> int:
-    """The most bytes that torch has reserved on a GPU, or that were resident in this process."""
+def _most_taken(device: torch.device) -> int:
+    """The most bytes that torch has reserved on a GPU, or that were resident in this process (Linux)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

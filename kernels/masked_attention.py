@@ -27,7 +27,8 @@ _WRITTEN, _WRITTEN_ON_CPU = 2**25, 2**19
 _LONGEST_WRITTEN = 512
 """Tokens of the longest sequence whose weights a CPU writes out by choice: 16 MiB in fp32 for 16 heads"""
 _FEW_WEIGHTS = 2**16
-"""Attention weights of a run, on average, below which starting operators takes a CPU longer than what they do"""
+"""Attention weights of a run, on average, below which a CPU does not write them out: that takes more operators, and
+starting them takes longer than what they do"""
 
 
 def masked_attention(
@@ -225,7 +226,8 @@ class _OnCpu(torch.autograd.Function):
         layout, masks, *constants = ctx.constants
         given = [gradients[0], q, k, v, whole]
         if q.device.type == "cpu" and _multiplies_in_bf16(q):
-            # PyTorch's operator is slow in bf16, most of all for short sequences.
+            # PyTorch's operator is slow in bf16, most of all for short sequences: it is taken in fp32 for few weights,
+            # and products in bf16 otherwise.
             if layout.weights * q.shape[1] < _FEW_WEIGHTS * len(layout.runs):
                 given = [x.float() for x in given]
             elif layout.longest <= _LONGEST_WRITTEN:
