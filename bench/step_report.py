@@ -53,7 +53,7 @@ def _compared(case: dict[str, Any]) -> list[str]:
     words = [f"goals: {goal['speedup']} x {case['reference']}'s samples/s, {goal['memory']} x its peak"] if goal else []
     words += [f"losses of the first step differ from {n}'s by {d:.0e}" for n, d in case["loss_difference"].items()]
     alone = [name for name, result in case["results"].items() if not result["beside"]]
-    return [*words, f"a process for each step, since they do not fit: {', '.join(alone)}"] if alone else words
+    return [*words, f"no room beside each other, so a new process a step: {' and '.join(alone)}"] if alone else words
 
 
 def in_order(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
